@@ -1,0 +1,82 @@
+"""A proxy that makes deployments invisible. This module is the public API and nothing else.
+
+The names are loaded on first use, so that the command line, which needs few of them, starts fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kamal_proxy.control.messages import Event, ServiceDescription
+    from kamal_proxy.errors import (
+        DeployFailedError,
+        HostConflictError,
+        InvalidOptionsError,
+        KamalProxyError,
+        ListenError,
+        ServiceNotFoundError,
+        StateError,
+    )
+    from kamal_proxy.options import (
+        DeploymentOptions,
+        DeployOptions,
+        HealthCheckOptions,
+        RunOptions,
+        ServiceOptions,
+        TargetOptions,
+    )
+    from kamal_proxy.proxy import Proxy, open_proxy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeployFailedError",
+    "DeployOptions",
+    "DeploymentOptions",
+    "Event",
+    "HealthCheckOptions",
+    "HostConflictError",
+    "InvalidOptionsError",
+    "KamalProxyError",
+    "ListenError",
+    "Proxy",
+    "RunOptions",
+    "ServiceDescription",
+    "ServiceNotFoundError",
+    "ServiceOptions",
+    "StateError",
+    "TargetOptions",
+    "__version__",
+    "open_proxy",
+]
+
+_HOMES = {
+    "kamal_proxy.control.messages": ("Event", "ServiceDescription"),
+    "kamal_proxy.errors": (
+        "DeployFailedError",
+        "HostConflictError",
+        "InvalidOptionsError",
+        "KamalProxyError",
+        "ListenError",
+        "ServiceNotFoundError",
+        "StateError",
+    ),
+    "kamal_proxy.options": (
+        "DeployOptions",
+        "DeploymentOptions",
+        "HealthCheckOptions",
+        "RunOptions",
+        "ServiceOptions",
+        "TargetOptions",
+    ),
+    "kamal_proxy.proxy": ("Proxy", "open_proxy"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,161 @@
+"""What travels over the admin API: option classes as JSON, progress events, service descriptions.
+
+Pure data. Both sides use it, so it imports neither trio nor anything of the server. Decoding is
+strict: an unknown or ill-typed field is an error that names it, because a client that believes it
+set an option must not be ignored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import attrs
+
+from kamal_proxy.errors import InvalidOptionsError
+
+API_PREFIX = "/v1"
+EVENT_STREAM = "application/x-ndjson"
+
+T = TypeVar("T")
+
+
+@attrs.frozen(kw_only=True)
+class ServiceDescription:
+    """One row of ``list``.
+
+    Attributes:
+        name: Service name.
+        hosts: Hosts; empty means every host.
+        path_prefixes: Path prefixes.
+        targets: ``host:port`` of each active target.
+        healthy: The targets that answered their last probe.
+        state: ``running``, ``paused`` or ``stopped``.
+        tls: Whether the service uses TLS.
+        in_flight: Requests being served by the active targets.
+        draining: Requests still being served by replaced targets.
+    """
+
+    name: str
+    hosts: tuple[str, ...] = ()
+    path_prefixes: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    healthy: tuple[str, ...] = ()
+    state: str = "running"
+    tls: bool = False
+    in_flight: int = 0
+    draining: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """One step of a deploy, as it happens.
+
+    Attributes:
+        event: ``probe``, ``healthy``, ``switched``, ``draining``, ``done`` or ``failed``.
+        elapsed: Seconds since the deploy began.
+        target: The target concerned (``probe``).
+        result: What the probe found, in words (``probe``).
+        ok: Whether the probe succeeded (``probe``).
+        in_flight: Requests still running on the old targets (``draining``).
+        completed: Requests that finished during the drain (``done``).
+        cancelled: Requests cut by the drain deadline (``done``).
+        code: Stable name of the error (``failed``).
+        message: The error's sentence (``failed``).
+        details: Further lines about the error (``failed``).
+    """
+
+    event: str
+    elapsed: float = 0.0
+    target: str = ""
+    result: str = ""
+    ok: bool = False
+    in_flight: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    code: str = ""
+    message: str = ""
+    details: tuple[str, ...] = ()
+
+
+def to_json(value: object) -> Any:
+    """Turn an attrs object into plain JSON data; fields at their default are left out."""
+    cls: type[Any] = type(value)
+    if attrs.has(cls):
+        return {
+            field.name: to_json(getattr(value, field.name))
+            for field in attrs.fields(cls)
+            if getattr(value, field.name) != _default(field)
+        }
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def from_json(cls: type[T], data: object, where: str = "") -> T:
+    """Build an attrs object from plain JSON data.
+
+    Args:
+        cls: The attrs class to build.
+        data: Decoded JSON.
+        where: Path of the value inside the document, for error sentences.
+
+    Raises:
+        InvalidOptionsError: a field is unknown, missing or of the wrong type; it is named.
+    """
+    return cls(**_fields(cls, data, where))
+
+
+def _fields(cls: type[Any], data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise InvalidOptionsError(f"{where or 'the document'} must be a JSON object")
+    hints = get_type_hints(cls)
+    fields = attrs.fields_dict(cls)
+    for name in data:
+        if name not in fields:
+            raise InvalidOptionsError(f"unknown field {_join(where, str(name))}")
+    for name, field in fields.items():
+        if field.default is attrs.NOTHING and name not in data:
+            raise InvalidOptionsError(f"missing field {_join(where, name)}")
+    return {name: _value(hints[name], item, _join(where, name)) for name, item in data.items()}
+
+
+def _value(hint: Any, data: object, where: str) -> Any:
+    if attrs.has(hint):
+        return from_json(hint, data, where)
+    if get_origin(hint) in (Union, UnionType):
+        if data is None and type(None) in get_args(hint):
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is tuple:
+        if data is None:
+            return ()
+        if not isinstance(data, list):
+            raise InvalidOptionsError(f"{where} must be a list")
+        item_hint = get_args(hint)[0]
+        return tuple(_value(item_hint, item, f"{where}[{i}]") for i, item in enumerate(data))
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if type(data) is not hint:
+        raise InvalidOptionsError(f"{where} must be {_KINDS[hint]}")
+    return data
+
+
+_KINDS: dict[Any, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
+
+
+def _default(field: attrs.Attribute[Any]) -> object:
+    default: Any = field.default
+    return default.factory() if hasattr(default, "factory") else default
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

@@ -1,0 +1,237 @@
+"""One generation of targets: its probes, its requests in flight, its drain.
+
+A deployment is one task. It probes its targets until it is retired, then waits for its requests,
+cuts what is left at the deadline, and closes its idle upstream connections. It knows neither HTTP
+nor UDP: how to probe a target and what connections to it are is given to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
+
+import attrs
+import trio
+
+from kamal_proxy.balancer import RoundRobin
+from kamal_proxy.health import Health, ProbeResult, TargetState
+from kamal_proxy.logs import Log
+from kamal_proxy.options import HealthCheckOptions, split_target
+
+# A request that was told to end only has to unwind; one that can't within this is left behind.
+_UNWIND = 5.0  # seconds
+
+
+class InFlight(Protocol):
+    """A request, or a session, that a deployment is serving."""
+
+    def abort_drained(self) -> None:
+        """End now: the drain deadline has passed."""
+
+
+class Connections(Protocol):
+    """The connections to one target that wait to be used again."""
+
+    def close(self) -> None:
+        """Close them all; connections returned later are closed too."""
+
+
+@attrs.define(eq=False)
+class Target:
+    """One instance of a service.
+
+    Attributes:
+        name: ``host:port`` as it was given.
+        host: Host to connect to.
+        port: Port to connect to.
+        health: Its health.
+        connections: Its pooled connections.
+        alone: Whether it is the only target; such a one is never taken out of rotation.
+        forced: Whether it may serve before its first probe succeeded.
+        in_flight: Requests it is serving.
+    """
+
+    name: str
+    host: str
+    port: int
+    health: Health
+    connections: Connections
+    alone: bool
+    forced: bool
+    in_flight: int = 0
+
+    @property
+    def in_rotation(self) -> bool:
+        """Whether it may be given requests."""
+        state = self.health.state
+        return (
+            self.alone
+            or state is TargetState.HEALTHY
+            or (self.forced and state is TargetState.ADDING)
+        )
+
+
+Probe = Callable[[Target, HealthCheckOptions], Awaitable[ProbeResult]]
+
+
+@attrs.frozen
+class DrainResult:
+    """How a drain ended: requests that completed, and requests that were cut."""
+
+    completed: int = 0
+    cancelled: int = 0
+
+
+class Deployment:
+    """The targets of one deploy.
+
+    Args:
+        targets: ``host:port`` of each target.
+        health_check: How they are probed.
+        probe: Probes one target; it has its own time limit and never raises.
+        connect: Makes the connections of a target from its host and port.
+        log: Where health changes are logged.
+        trusted: Whether the targets count as healthy at once (restored after a restart).
+        forced: Whether the targets may serve before they were found healthy.
+    """
+
+    def __init__(
+        self,
+        targets: Iterable[str],
+        *,
+        health_check: HealthCheckOptions,
+        probe: Probe,
+        connect: Callable[[str, int], Connections],
+        log: Log,
+        trusted: bool = False,
+        forced: bool = False,
+    ) -> None:
+        names = tuple(targets)
+        self._health_check = health_check
+        self._probe = probe
+        self._log = log
+        self.targets: Sequence[Target] = tuple(
+            Target(
+                name,
+                *split_target(name),
+                health=Health(
+                    health_check.interval,
+                    TargetState.HEALTHY if trusted else TargetState.ADDING,
+                ),
+                connections=connect(*split_target(name)),
+                alone=len(names) == 1,
+                forced=forced,
+            )
+            for name in names
+        )
+        self._balancer = RoundRobin()
+        self._in_flight: set[InFlight] = set()
+        self._probing = trio.CancelScope()
+        self._healthy = trio.Event()
+        self._idle = trio.Event()
+        self._drained = trio.Event()
+        self._drain_timeout = math.inf
+        self._result = DrainResult()
+        self.retired = False
+        #: Told about each probe while somebody waits for health.
+        self.on_probe: Callable[[Target, ProbeResult], None] | None = None
+
+    def __repr__(self) -> str:
+        names = ",".join(target.name for target in self.targets)
+        state = "drained" if self._drained.is_set() else "draining" if self.retired else "active"
+        return f"<Deployment {names} {state} in_flight={len(self._in_flight)}>"
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests it is serving."""
+        return len(self._in_flight)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Live until drained: probe, then drain once retired."""
+        try:
+            with self._probing:
+                async with trio.open_nursery() as nursery:
+                    for target in self.targets:
+                        nursery.start_soon(self._watch, target)
+                    task_status.started()
+            await self._drain()
+        finally:
+            for target in self.targets:
+                target.connections.close()
+            self._drained.set()
+
+    async def wait_until_healthy(self) -> None:
+        """Wait until every target has answered a probe."""
+        await self._healthy.wait()
+
+    def choose(self, avoid: set[Target]) -> Target | None:
+        """Return the target for a request, or None when none is in rotation."""
+        return self._balancer.choose(self.targets, avoid)
+
+    def begin(self, request: InFlight) -> None:
+        """Count a request as in flight until :meth:`end`."""
+        assert not self.retired, "a retired deployment is in no routing table"
+        self._in_flight.add(request)
+
+    def end(self, request: InFlight) -> None:
+        """Forget a request that has ended."""
+        self._in_flight.discard(request)
+        if not self._in_flight:
+            self._idle.set()
+
+    def retire(self, drain_timeout: float) -> None:
+        """Stop probing and begin to drain; the caller has taken it out of routing.
+
+        Args:
+            drain_timeout: Seconds until requests still in flight are cut.
+        """
+        self.retired = True
+        self._drain_timeout = drain_timeout
+        for target in self.targets:
+            target.health.state = TargetState.DRAINING
+        self._probing.cancel(reason="retired")
+
+    async def wait_drained(self) -> DrainResult:
+        """Wait until the drain of a retired deployment is over."""
+        await self._drained.wait()
+        return self._result
+
+    async def _drain(self) -> None:
+        started_with = len(self._in_flight)
+        if self._in_flight:
+            self._idle = trio.Event()
+            with trio.move_on_after(self._drain_timeout):
+                await self._idle.wait()
+        cut = tuple(self._in_flight)
+        if cut:
+            self._idle = trio.Event()
+            for request in cut:
+                request.abort_drained()
+            with trio.move_on_after(_UNWIND):
+                await self._idle.wait()
+        self._result = DrainResult(started_with - len(cut), len(cut))
+
+    async def _watch(self, target: Target) -> None:
+        while True:
+            started = trio.current_time()
+            last = target.health.last
+            result = await self._probe(target, self._health_check)
+            was = target.health.record(result)
+            if was is not None:
+                self._log.info(
+                    "Target health updated",
+                    target=target.name,
+                    state=target.health.state,
+                    was=was,
+                )
+            if not result.ok:
+                # Said once, not once a second for as long as a target is down.
+                changed = last is None or last.ok or last.reason != result.reason
+                say = self._log.info if changed else self._log.debug
+                say("Healthcheck failed", url=result.url, error=result.reason)
+            if self.on_probe is not None:
+                self.on_probe(target, result)
+            if all(t.health.state is TargetState.HEALTHY for t in self.targets):
+                self._healthy.set()
+            await trio.sleep_until(started + target.health.delay())

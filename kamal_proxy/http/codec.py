@@ -1,0 +1,340 @@
+"""HTTP/1.1 syntax, the seam behind which the parser can change.
+
+Everything above speaks in heads and body parts; everything below is h11. A faster scanner for
+ordinary heads will sit beside it here. No IO. Heads of requests pass ``scan_head`` first, which
+refuses what servers are known to read in different ways; what h11 then accepts is written anew, so
+no target ever sees a client's own framing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, Protocol, TypeAlias
+
+import h11
+
+from kamal_proxy._fastpath import scan_head
+
+# Trailers are merged into the header by many servers; these may only come in the head itself
+# (RFC 9110 6.5.1).
+_NOT_IN_TRAILERS = frozenset(
+    {
+        b"authorization",
+        b"connection",
+        b"content-encoding",
+        b"content-length",
+        b"content-range",
+        b"content-type",
+        b"cookie",
+        b"forwarded",
+        b"host",
+        b"keep-alive",
+        b"proxy-authorization",
+        b"set-cookie",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+
+# (lower-case name, name as received, value)
+Header: TypeAlias = tuple[bytes, bytes, bytes]
+HeaderPairs: TypeAlias = list[tuple[bytes, bytes]]
+
+CHUNKED: Final = -1
+UNTIL_CLOSE: Final = -2
+
+_CRLF = b"\r\n"
+_RESUME = 3  # bytes of a blank line that an earlier read may have brought
+
+
+class ProtocolError(Exception):
+    """A peer broke HTTP/1.1. ``status`` is what a client deserves to hear about its request."""
+
+    def __init__(self, reason: str, status: int = 400) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class RequestHead:
+    """The head of a request.
+
+    Attributes:
+        method: Method, as received.
+        target: Request target, as received.
+        version: ``b"1.1"`` or ``b"1.0"``.
+        headers: Header fields in order.
+        length: Bytes of body, or ``CHUNKED``.
+    """
+
+    __slots__ = ("headers", "length", "method", "target", "version")
+
+    def __init__(
+        self, method: bytes, target: bytes, version: bytes, headers: list[Header], length: int
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.version = version
+        self.headers = headers
+        self.length = length
+
+    def get(self, name: bytes) -> bytes:
+        """Return the first value of a header (lower-case name), or nothing."""
+        for lower, _, value in self.headers:
+            if lower == name:
+                return value
+        return b""
+
+
+class ResponseHead:
+    """The head of a response; ``length`` is the body's, ``CHUNKED`` or ``UNTIL_CLOSE``."""
+
+    __slots__ = ("headers", "length", "reason", "status")
+
+    def __init__(self, status: int, reason: bytes, headers: list[Header], length: int) -> None:
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+        self.length = length
+
+    def get(self, name: bytes) -> bytes:
+        """Return the first value of a header (lower-case name), or nothing."""
+        for lower, _, value in self.headers:
+            if lower == name:
+                return value
+        return b""
+
+
+class _Messages:
+    """What both roles share: the body of the message that is being received."""
+
+    _parser: h11.Connection
+
+    def __init__(self) -> None:
+        self.received = False  # the message has arrived whole
+        self.trailers: HeaderPairs = []
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes from the peer; ``b""`` says that it closed its side."""
+        self._parser.receive_data(data)
+
+    def next_body(self) -> bytes | None:
+        """Return the next part of the body, or None: ``received`` tells the end from need of data.
+
+        Raises:
+            ProtocolError: the peer broke the framing, or closed before the end of the body.
+        """
+        if self.received:
+            return None
+        event = self._next_event()
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        if isinstance(event, h11.EndOfMessage):
+            self.received = True
+            self.trailers = [
+                (raw, value)
+                for lower, raw, value in _headers(event.headers)
+                if lower not in _NOT_IN_TRAILERS and not lower.startswith(b"x-forwarded-")
+            ]
+        return None
+
+    def _next_event(self) -> object:
+        try:
+            return self._parser.next_event()
+        except h11.RemoteProtocolError as error:
+            raise ProtocolError(str(error), error.error_status_hint) from error
+
+    def _write(self, event: h11.Event) -> bytes:
+        """Render what is to be sent; what came from one peer may be impossible to tell another."""
+        try:
+            return self._parser.send(event) or b""
+        except h11.LocalProtocolError as error:
+            raise ProtocolError(str(error)) from error
+
+    def body(self, data: bytes) -> bytes:
+        """Frame a part of the body to send."""
+        return self._write(h11.Data(data=data))
+
+    def end(self, trailers: HeaderPairs | None = None) -> bytes:
+        """Frame the end of the body to send."""
+        return self._write(h11.EndOfMessage(headers=trailers or []))
+
+
+class ServerCodec(_Messages):
+    """The proxy's side of a client connection."""
+
+    def __init__(self, max_head_size: int) -> None:
+        super().__init__()
+        self._parser = h11.Connection(h11.SERVER, max_head_size)
+        self._max_head_size = max_head_size
+        self._head = bytearray()  # bytes of a head that is still incomplete
+        self._scanned = 0
+
+    @property
+    def has_partial_head(self) -> bool:
+        """Whether a request has begun to arrive."""
+        return bool(self._head)
+
+    def receive_head_data(self, data: bytes) -> None:
+        """Take bytes that arrived while waiting for a request."""
+        self._head += data
+
+    def next_request(self) -> RequestHead | None:
+        """Return the head of the next request, or None when more data is needed.
+
+        Raises:
+            ProtocolError: the head is malformed, ambiguous (400), too large (431), or asks for
+                what a proxy can't do (501, 505).
+        """
+        head = self._head
+        while head.startswith(_CRLF):  # RFC 9112 2.2: empty lines before a request are ignored
+            del head[:2]
+            self._scanned = 0
+        if not head:
+            return None
+        try:
+            end = scan_head(head, max(0, self._scanned - _RESUME))
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        if end > self._max_head_size or (end < 0 and len(head) > self._max_head_size):
+            raise ProtocolError(f"request head over {self._max_head_size} bytes", 431)
+        if end < 0:
+            self._scanned = len(head)
+            if head[0] < 0x21:
+                raise ProtocolError("illegal request line")
+            return None
+        lengths = head.lower().count(b"\r\ncontent-length:", 0, end)
+        self._parser.receive_data(bytes(head))
+        head.clear()
+        self._scanned = 0
+        request = self._next_event()
+        assert isinstance(request, h11.Request)
+        return self._checked(request, lengths)
+
+    def _checked(self, request: h11.Request, lengths: int) -> RequestHead:
+        if request.http_version not in (b"1.1", b"1.0"):
+            raise ProtocolError("HTTP version not supported", 505)
+        if lengths > 1:
+            raise ProtocolError("more than one Content-Length")
+        headers = _headers(request.headers)
+        length = 0
+        chunked = False
+        for name, _, value in headers:
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding":
+                chunked = True
+        if chunked:
+            if lengths:
+                raise ProtocolError("both Content-Length and Transfer-Encoding")
+            if request.http_version == b"1.0":
+                raise ProtocolError("Transfer-Encoding in an HTTP/1.0 request")
+            length = CHUNKED
+        self.received = False
+        self.trailers = []
+        return RequestHead(request.method, request.target, request.http_version, headers, length)
+
+    def informational(self, head: ResponseHead) -> bytes:
+        """Write a 1xx response; an HTTP/1.0 client gets none (RFC 9110 15.2)."""
+        if self._parser.their_http_version == b"1.0":
+            return b""
+        return self._write(
+            h11.InformationalResponse(
+                status_code=head.status, reason=head.reason, headers=_pairs(head.headers)
+            )
+        )
+
+    def response(self, status: int, reason: bytes, headers: HeaderPairs) -> bytes:
+        """Write the head of the final response.
+
+        ``headers`` carry at most a Content-Length as framing: without one, a body is sent
+        chunked, or until close to an HTTP/1.0 client. ``Connection: close`` is added when the
+        connection can't be used again.
+        """
+        return self._write(h11.Response(status_code=status, reason=reason, headers=headers))
+
+    def end(self, trailers: HeaderPairs | None = None) -> bytes:
+        """Frame the end of the body to send; an HTTP/1.0 client gets no trailers."""
+        return super().end(None if self._parser.their_http_version == b"1.0" else trailers)
+
+    def next_cycle(self) -> bool:
+        """Get ready for the client's next request; False if the connection can't be used again."""
+        parser = self._parser
+        if parser.our_state is not h11.DONE or parser.their_state is not h11.DONE:
+            return False
+        self._head += parser.trailing_data[0]
+        if self._head:
+            # h11 can't give bytes back, and the next head must pass the scan first.
+            self._parser = h11.Connection(h11.SERVER, self._max_head_size)
+        else:
+            parser.start_next_cycle()
+        return True
+
+
+class ClientCodec(_Messages):
+    """The proxy's side of a connection to a target."""
+
+    def __init__(self, max_head_size: int) -> None:
+        super().__init__()
+        self._parser = h11.Connection(h11.CLIENT, max_head_size)
+
+    def request(self, method: bytes, target: bytes, headers: HeaderPairs) -> bytes:
+        """Write the head of a request; ``headers`` carry its framing."""
+        self.received = False
+        self.trailers = []
+        return self._write(h11.Request(method=method, target=target, headers=headers))
+
+    def next_response(self) -> ResponseHead | None:
+        """Return the head of the next response, 1xx or final, or None when more data is needed.
+
+        Raises:
+            ProtocolError: the target sent garbage, too large a head, or closed.
+        """
+        event = self._next_event()
+        if isinstance(event, h11.InformationalResponse):
+            if event.status_code == 101:
+                raise ProtocolError("101 Switching Protocols without an upgrade")
+            return ResponseHead(event.status_code, event.reason, _headers(event.headers), 0)
+        if isinstance(event, h11.Response):
+            headers = _headers(event.headers)
+            length = UNTIL_CLOSE
+            for name, _, value in headers:
+                if name == b"transfer-encoding":
+                    length = CHUNKED
+                    break
+                if name == b"content-length":
+                    length = int(value)
+            return ResponseHead(event.status_code, event.reason, headers, length)
+        if isinstance(event, h11.ConnectionClosed):
+            raise ProtocolError("closed without a response")
+        return None
+
+    def next_cycle(self) -> bool:
+        """Get ready for another request; False if the connection can't be used again."""
+        parser = self._parser
+        if parser.our_state is not h11.DONE or parser.their_state is not h11.DONE:
+            return False
+        if parser.trailing_data[0]:
+            return False  # bytes nobody asked for: whatever they are, the next answer is not safe
+        parser.start_next_cycle()
+        return True
+
+
+class _Fields(Protocol):
+    """What h11's header collection offers; it is not exported by name."""
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]: ...
+
+    def raw_items(self) -> HeaderPairs: ...
+
+
+def _headers(headers: _Fields) -> list[Header]:
+    return [
+        (lower, raw, value)
+        for (lower, value), (raw, _) in zip(headers, headers.raw_items(), strict=True)
+    ]
+
+
+def _pairs(headers: list[Header]) -> HeaderPairs:
+    return [(raw, value) for _, raw, value in headers]

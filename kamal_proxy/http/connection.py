@@ -1,0 +1,197 @@
+"""One client connection: requests one after another, under one cancel scope whose deadline moves.
+
+Owns the stream, the codec and the deadline. What happens to a request is the exchange's business.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy.http import pages
+from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec
+from kamal_proxy.http.exchange import CLIENT_CLOSED_REQUEST, Cause, Exchange
+
+if TYPE_CHECKING:
+    from kamal_proxy.http.server import HttpServer
+    from kamal_proxy.sockets import Address, SocketStream
+
+_HEAD_READ_SIZE = 16 * 1024
+_ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
+# Closing with unread bytes makes the kernel reset the connection, and the reset may overtake the
+# response (RFC 9112 9.6). So the client's bytes are read for a moment after the last response.
+_LINGER_TIMEOUT = 2.0  # seconds
+_LINGER_BYTES = 4 * 1024 * 1024
+
+
+class ClientConnection:
+    """One connection of a client."""
+
+    __slots__ = ("_exchange", "_first", "address", "cause", "codec", "scope", "server", "stream")
+
+    def __init__(self, stream: SocketStream, address: Address, server: HttpServer) -> None:
+        self.stream = stream
+        self.address = address
+        self.server = server
+        self.codec = ServerCodec(server.options.max_head_size)
+        self.scope = trio.CancelScope()
+        self.cause = Cause.IDLE
+        self._exchange: Exchange | None = None
+        self._first = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being received or served."""
+        return self._exchange is None and not self.codec.has_partial_head
+
+    def move_deadline(self, seconds: float, cause: Cause) -> None:
+        """Give what happens next that many seconds from now; ``cause`` says what their end means.
+
+        Once the client is gone, or a cancellation is under way, nothing changes that any more.
+        """
+        if self.cause is Cause.CLIENT_GONE or self.scope.cancel_called:
+            return
+        self.scope.deadline = trio.current_time() + seconds
+        self.cause = cause
+
+    def cancel(self, cause: Cause) -> None:
+        """Interrupt what the connection is doing now."""
+        self.cause = cause
+        self.scope.cancel(reason=cause.name)
+
+    async def run(self) -> None:
+        """Serve the connection until it ends. The caller closes the stream."""
+        try:
+            linger = await self._serve()
+        finally:
+            if self._exchange is not None:
+                self._exchange.finish()
+                self._exchange = None
+        if linger:
+            with trio.move_on_after(_LINGER_TIMEOUT):
+                await self._linger()
+
+    async def _serve(self) -> bool:
+        """Serve requests; return whether the client may still be sending."""
+        with self.scope:
+            # An exchange that ended while being cancelled must not take the next one with it.
+            while not self.scope.cancel_called:
+                try:
+                    head = await self._next_head()
+                except ProtocolError as error:
+                    return await self._reject(error.status)
+                except trio.BrokenResourceError:
+                    head = None
+                if head is None:
+                    if self.codec.has_partial_head:
+                        self._log_headless(CLIENT_CLOSED_REQUEST, 0)
+                    return False
+                exchange = self._exchange = Exchange(self, head)
+                usable = await exchange.run()
+                usable = usable and self.codec.next_cycle()
+                exchange.finish()
+                self._exchange = None
+                if not usable or self.server.closing:
+                    # Only unread bytes make closing dangerous.
+                    return not (self.codec.received and self.stream.is_quiet_nowait())
+        return await self._interrupted()
+
+    async def _interrupted(self) -> bool:
+        cause = self.cause
+        with trio.move_on_after(_ANSWER_TIMEOUT) as self.scope:
+            if self._exchange is not None:
+                self.cause = Cause.IDLE
+                try:
+                    await self._exchange.interrupted(cause)
+                except (ProtocolError, trio.BrokenResourceError):
+                    return False
+                return cause not in (Cause.CLIENT_GONE, Cause.CLIENT_STALLED)
+            if self.codec.has_partial_head:
+                return await self._reject(503 if cause is Cause.SHUTDOWN else 408)
+        return False
+
+    async def _next_head(self) -> RequestHead | None:
+        """Wait for the next request; None when the client closed."""
+        head = self.codec.next_request()
+        if head is not None:
+            return head
+        options = self.server.options
+        if self.codec.has_partial_head:
+            self.move_deadline(options.head_timeout, Cause.HEAD_TIMEOUT)
+        else:
+            # A new connection owes a request sooner than one that has served some.
+            patience = options.head_timeout if self._first else options.idle_timeout
+            self.move_deadline(patience, Cause.IDLE)
+        self._first = False
+        while True:
+            data = await self.stream.receive(_HEAD_READ_SIZE)
+            if not data:
+                return None
+            begun = self.codec.has_partial_head
+            self.codec.receive_head_data(data)
+            head = self.codec.next_request()
+            if head is not None:
+                return head
+            if not begun:
+                self.move_deadline(options.head_timeout, Cause.HEAD_TIMEOUT)
+
+    async def _reject(self, status: int) -> bool:
+        """Answer a head that can't be understood; the connection ends."""
+        body = pages.render(status)
+        lines = (
+            b"HTTP/1.1 %d %b" % (status, pages.reason(status).encode()),
+            b"Date: " + self.server.date(),
+            b"Content-Type: " + pages.CONTENT_TYPE,
+            b"Content-Length: %d" % len(body),
+            b"Connection: close",
+            b"",
+            body,
+        )
+        self.move_deadline(_ANSWER_TIMEOUT, Cause.CLIENT_STALLED)
+        try:
+            await self.stream.send(b"\r\n".join(lines))
+        except trio.BrokenResourceError:
+            status, body = CLIENT_CLOSED_REQUEST, b""
+        self._log_headless(status, len(body))
+        return True
+
+    def _log_headless(self, status: int, sent: int) -> None:
+        """Write the log line of a request whose head was never understood."""
+        client, port = self.address
+        self.server.log.request(
+            host=b"",
+            port=self.server.port,
+            path=b"",
+            request_id=b"",
+            status=status,
+            service="",
+            target="",
+            duration=0,
+            method=b"",
+            req_content_length=0,
+            req_content_type=b"",
+            resp_content_length=sent,
+            resp_content_type=pages.CONTENT_TYPE if sent else b"",
+            client_addr=client,
+            client_port=port,
+            remote_addr=client.encode(),
+            user_agent=b"",
+            proto="",
+            scheme=self.server.scheme,
+            query=b"",
+            headers=[],
+        )
+
+    async def _linger(self) -> None:
+        """Send the end of the stream and read what the client still sends, up to a limit."""
+        try:
+            self.stream.shutdown_write()
+            received = 0
+            while received < _LINGER_BYTES:
+                data = await self.stream.receive()
+                if not data:
+                    return
+                received += len(data)
+        except trio.BrokenResourceError:
+            return

@@ -1,0 +1,539 @@
+"""One request and its response: routed, given to a target, relayed both ways, logged.
+
+Straight on, no step revisited: route, choose a target, connect, send, relay, finish. The exchange
+runs in its client connection's task, under that connection's one cancel scope, whose deadline moves
+with each wait and carries the cause that its passing would have. Only a request whose body is still
+arriving when its head has been forwarded gets a second task.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+from uuid import uuid4
+
+import trio
+
+from kamal_proxy.http import pages
+from kamal_proxy.http.codec import HeaderPairs, ProtocolError, RequestHead, ResponseHead
+from kamal_proxy.http.headers import Destination, request_headers, response_headers
+from kamal_proxy.http.upstream import (
+    FRESH_AGE,
+    MAX_IDLE_AGE,
+    ConnectError,
+    UpstreamConnection,
+    UpstreamPool,
+)
+from kamal_proxy.sockets import READ_SIZE
+
+if TYPE_CHECKING:
+    from kamal_proxy.deployment import Deployment, Target
+    from kamal_proxy.http.connection import ClientConnection
+    from kamal_proxy.service import Service
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's; for the log, nobody is there to read it
+
+# A client that closes its sending side usually went away, but it may still be reading (RFC 9112
+# 9.6 leaves that open); an answer that comes within this many seconds is still sent.
+GONE_GRACE = 1.0
+
+_IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
+
+
+class Cause(enum.Enum):
+    """Why a client connection's scope was cancelled, or would be at its deadline."""
+
+    IDLE = enum.auto()
+    HEAD_TIMEOUT = enum.auto()
+    BODY_TIMEOUT = enum.auto()
+    TARGET_TIMEOUT = enum.auto()
+    CLIENT_STALLED = enum.auto()
+    CLIENT_GONE = enum.auto()
+    DRAINED = enum.auto()
+    SHUTDOWN = enum.auto()
+
+
+_INTERRUPT_STATUS = {
+    Cause.BODY_TIMEOUT: 408,
+    Cause.TARGET_TIMEOUT: 504,
+    Cause.DRAINED: 504,
+    Cause.CLIENT_STALLED: CLIENT_CLOSED_REQUEST,
+    Cause.CLIENT_GONE: CLIENT_CLOSED_REQUEST,
+}
+
+
+class _Refusal(Exception):
+    """The proxy answers by itself."""
+
+    def __init__(self, status: int, message: str = "") -> None:
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+
+
+class _TargetFailed(Exception):
+    """The target broke the connection or the protocol."""
+
+
+class _ClientGone(Exception):
+    """The client closed or broke its connection."""
+
+
+class Exchange:
+    """One request on a client connection; a :class:`kamal_proxy.deployment.InFlight`."""
+
+    __slots__ = (
+        "_client",
+        "_codec",
+        "_connection",
+        "_deployment",
+        "_destination",
+        "_gone",
+        "_head",
+        "_request_id",
+        "_response",
+        "_sent",
+        "_server",
+        "_service",
+        "_started",
+        "_status",
+        "_target",
+        "_upload_failure",
+        "_uploading",
+    )
+
+    def __init__(self, connection: ClientConnection, head: RequestHead) -> None:
+        self._started = time.perf_counter_ns()
+        self._connection = connection
+        self._client = connection.stream
+        self._codec = connection.codec
+        self._server = connection.server
+        self._head = head
+        self._request_id = head.get(b"x-request-id") or str(uuid4()).encode()
+        self._destination: Destination | None = None
+        self._service: Service | None = None
+        self._deployment: Deployment | None = None
+        self._target: Target | None = None
+        self._status = 0
+        self._sent = 0  # bytes of response body
+        self._response: HeaderPairs | None = None  # header fields, once they were sent
+        self._uploading = False
+        self._upload_failure: _Refusal | _ClientGone | None = None
+        self._gone = False
+
+    async def run(self) -> bool:
+        """Serve the request; return whether the connection can be used for another."""
+        try:
+            try:
+                return await self._route()
+            except _TargetFailed as error:
+                self._server.log.error(
+                    "Error while proxying",
+                    target=self._target.name if self._target else "",
+                    path=self._head.target,
+                    error=str(error),
+                )
+                return await self._refuse(502)
+            except _Refusal as refusal:
+                return await self._refuse(refusal.status, refusal.message)
+            except ProtocolError as error:
+                return await self._refuse(error.status)
+        except (_ClientGone, trio.BrokenResourceError):
+            self._status = CLIENT_CLOSED_REQUEST
+            return False
+        except ProtocolError:
+            # Not even a refusal can be told to this client any more.
+            self._status = 502
+            return False
+
+    def abort_drained(self) -> None:
+        """End now: the drain deadline of the deployment has passed."""
+        self._connection.cancel(Cause.DRAINED)
+
+    async def interrupted(self, cause: Cause) -> None:
+        """Answer after the connection's scope was cancelled, if nothing was answered yet."""
+        if cause is Cause.DRAINED:
+            self._server.log.info(
+                "Request cancelled due to draining",
+                target=self._target.name if self._target else "",
+                path=self._head.target,
+            )
+        status = _INTERRUPT_STATUS.get(cause, 503)
+        if status == CLIENT_CLOSED_REQUEST:
+            self._status = status
+        elif self._response is None:
+            await self._refuse(status)
+
+    def finish(self) -> None:
+        """Leave the deployment and write the log line; called exactly once."""
+        if self._deployment is not None:
+            self._deployment.end(self)
+            if self._target is not None:
+                self._target.in_flight -= 1
+        self._log()
+
+    # Routing
+
+    async def _route(self) -> bool:
+        destination = self._destination = Destination(self._head)
+        while True:
+            found = self._server.routes().find(destination.name, destination.route)
+            if found is None:
+                raise _Refusal(404)
+            service, prefix = found
+            self._service = service
+            if service.pause.state == "running":
+                break
+            if self._is_health_check(service, destination):
+                return await self._answer(200, b"", [])
+            if service.pause.state == "stopped":
+                raise _Refusal(503, service.pause.stop_message)
+            await trio.sleep(service.pause.fail_after)
+            if self._server.routes().get(service.name) is service:
+                raise _Refusal(504)
+        options = service.options
+        if options.tls_enabled and options.tls_redirect and self._server.scheme == "http":
+            return await self._redirect(b"https://" + destination.name.encode() + destination.raw)
+        target = destination.raw
+        if options.strip_prefix and prefix != b"/":
+            target = destination.without_prefix(prefix)
+        deployment = self._deployment = service.active
+        deployment.begin(self)
+        return await self._forward(service, deployment, target)
+
+    def _is_health_check(self, service: Service, destination: Destination) -> bool:
+        path = service.target_options.health_check.path
+        return self._head.method in (b"GET", b"HEAD") and destination.route == path.encode()
+
+    async def _forward(self, service: Service, deployment: Deployment, path: bytes) -> bool:
+        """Give the request to targets until one has taken it; relay its response."""
+        repeatable = self._head.length == 0 and self._head.method in _IDEMPOTENT
+        response_timeout = service.target_options.response_timeout or math.inf
+        max_age = MAX_IDLE_AGE if repeatable else FRESH_AGE
+        failed: set[Target] = set()
+        reason = ""
+        while True:
+            target = deployment.choose(failed)
+            if target is None:
+                if failed:
+                    raise _TargetFailed(reason)
+                raise _Refusal(503)
+            self._assign(target)
+            pool = target.connections
+            assert isinstance(pool, UpstreamPool)
+            self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
+            upstream = pool.take_idle(max_age)
+            try:
+                if upstream is None:
+                    upstream = await pool.connect()
+            except ConnectError as error:
+                reason = str(error)
+                failed.add(target)
+                continue
+            try:
+                usable = await self._converse(upstream, service, target, path)
+            except _StaleConnection as error:
+                if not repeatable:
+                    raise _TargetFailed(str(error)) from error
+                # Once: a connection that was never used before can't be stale.
+                max_age = -math.inf
+                continue
+            finally:
+                # Releasing closes whatever has not ended well on both sides.
+                pool.release(upstream)
+            return usable
+
+    def _assign(self, target: Target) -> None:
+        if self._target is not None:
+            self._target.in_flight -= 1
+        self._target = target
+        target.in_flight += 1
+
+    # Talking to the target
+
+    async def _converse(
+        self, upstream: UpstreamConnection, service: Service, target: Target, path: bytes
+    ) -> bool:
+        """Send the request on one upstream connection and relay the response."""
+        head = self._head
+        destination = self._destination
+        assert destination is not None
+        request = upstream.codec.request(
+            head.method,
+            path,
+            request_headers(
+                head,
+                host=destination.host,
+                client=self._connection.address[0].encode(),
+                scheme=self._server.scheme.encode(),
+                forward=service.forwards_headers,
+                target=target.name.encode(),
+                request_id=self._request_id,
+                new_start=_now_milliseconds,
+            ),
+        )
+        # What has arrived of the body travels along; most requests are whole now.
+        request += self._body_nowait(upstream)
+        complete = self._codec.received
+        if complete:
+            request += upstream.codec.end(self._codec.trailers)
+        broken = False
+        try:
+            await upstream.stream.send(request)
+        except trio.BrokenResourceError:
+            broken = True  # but it may have answered before it closed
+        if complete or broken:
+            return await self._download(upstream)
+        return await self._relay_both_ways(upstream, service.target_options.response_timeout or math.inf)
+
+    def _body_nowait(self, upstream: UpstreamConnection) -> bytes:
+        framed = b"".join(self._parsed_body(upstream))
+        if not self._codec.received:
+            data = self._client.receive_nowait()
+            if data == b"":
+                raise _ClientGone
+            if data is not None:
+                self._codec.receive_data(data)
+                framed += b"".join(self._parsed_body(upstream))
+        return framed
+
+    def _parsed_body(self, upstream: UpstreamConnection) -> list[bytes]:
+        """Take what the client's codec holds of the body, framed for the target."""
+        parts = []
+        while (data := self._codec.next_body()) is not None:
+            parts.append(upstream.codec.body(data))
+        return parts
+
+    async def _relay_both_ways(self, upstream: UpstreamConnection, response_timeout: float) -> bool:
+        """Relay the rest of the request body while the response may already be coming."""
+        usable = False
+        failure: Exception | None = None
+        self._uploading = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._upload, upstream, response_timeout, nursery.cancel_scope)
+            try:
+                usable = await self._download(upstream)
+            except (_TargetFailed, _StaleConnection, _ClientGone, ProtocolError) as error:
+                # A nursery would wrap it in a group.
+                failure = error
+            nursery.cancel_scope.cancel(reason="the response is complete")
+        self._uploading = False
+        if self._upload_failure is not None:
+            raise self._upload_failure
+        if failure is not None:
+            raise failure
+        return usable
+
+    async def _upload(
+        self, upstream: UpstreamConnection, response_timeout: float, scope: trio.CancelScope
+    ) -> None:
+        try:
+            await self._upload_body(upstream)
+            if self._response is None:
+                self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
+            self._uploading = False
+            return
+        except ProtocolError as error:
+            self._upload_failure = _Refusal(400 if error.status == 431 else error.status)
+        except _ClientGone as error:
+            self._upload_failure = error
+        scope.cancel(reason="the client failed")
+
+    async def _upload_body(self, upstream: UpstreamConnection) -> None:
+        while True:
+            parts = self._parsed_body(upstream)
+            if self._codec.received:
+                parts.append(upstream.codec.end(self._codec.trailers))
+            if parts:
+                try:
+                    await upstream.stream.send(b"".join(parts))
+                except trio.BrokenResourceError:
+                    return  # the target stopped listening; its response may still come
+            if self._codec.received:
+                return
+            if self._response is None:
+                self._connection.move_deadline(
+                    self._server.options.stall_timeout, Cause.BODY_TIMEOUT
+                )
+            try:
+                data = await self._client.receive(READ_SIZE)
+            except trio.BrokenResourceError as error:
+                raise _ClientGone from error
+            if not data:
+                raise _ClientGone
+            self._codec.receive_data(data)
+
+    async def _download(self, upstream: UpstreamConnection) -> bool:
+        """Relay the response; return whether the client connection can be used again."""
+        head = await self._response_head(upstream)
+        headers = response_headers(head)
+        if self._server.closing:
+            headers.append((b"Connection", b"close"))
+        try:
+            parts = [self._codec.response(head.status, head.reason, headers)]
+        except ProtocolError as error:
+            raise _TargetFailed(f"malformed response: {error}") from error
+        self._status = head.status
+        self._response = headers
+        self._connection.move_deadline(math.inf, Cause.IDLE)
+        codec = upstream.codec
+        try:
+            while True:
+                while (data := codec.next_body()) is not None:
+                    parts.append(self._codec.body(data))
+                    self._sent += len(data)
+                if codec.received:
+                    break
+                if parts:
+                    await self._send(b"".join(parts))
+                    parts.clear()
+                codec.receive_data(await self._receive(upstream))
+        except (ProtocolError, trio.BrokenResourceError) as error:
+            raise _TargetFailed(f"response cut short: {error}") from error
+        parts.append(self._codec.end(codec.trailers))
+        await self._send(b"".join(parts))
+        return self._codec.received
+
+    async def _response_head(self, upstream: UpstreamConnection) -> ResponseHead:
+        """Wait for the final response, passing on 1xx responses."""
+        silent = True
+        try:
+            while True:
+                head = upstream.codec.next_response()
+                if head is None:
+                    data = await self._receive(upstream)
+                    silent = silent and not data
+                    upstream.codec.receive_data(data)
+                elif head.status >= 200:
+                    return head
+                else:
+                    await self._send(self._codec.informational(head))
+        except (ProtocolError, trio.BrokenResourceError) as error:
+            if silent and upstream.reused:
+                raise _StaleConnection(str(error)) from error
+            raise _TargetFailed(str(error)) from error
+
+    async def _receive(self, upstream: UpstreamConnection) -> bytes:
+        """Read from the target; a client that goes away meanwhile shortens the wait."""
+        if self._uploading or self._gone:
+            return await upstream.stream.receive(READ_SIZE)
+        data = await upstream.stream.receive_watching(self._client, READ_SIZE)
+        if data is not None:
+            return data
+        self._connection.move_deadline(GONE_GRACE, Cause.CLIENT_GONE)
+        self._gone = True
+        return await upstream.stream.receive(READ_SIZE)
+
+    async def _send(self, data: bytes) -> None:
+        """Send to the client, giving up when it takes nothing for too long."""
+        try:
+            sent = self._client.send_nowait(data)
+            if sent < len(data):
+                connection = self._connection
+                deadline, cause = connection.scope.deadline, connection.cause
+                connection.move_deadline(self._server.options.stall_timeout, Cause.CLIENT_STALLED)
+                await self._client.send(data[sent:])
+                connection.scope.deadline, connection.cause = deadline, cause
+        except trio.BrokenResourceError as error:
+            raise _ClientGone from error
+
+    # Answers of the proxy itself
+
+    async def _refuse(self, status: int, message: str = "") -> bool:
+        if self._response is not None:
+            return False  # the response has begun: a cut connection is the only way to say so
+        body = pages.render(status, message)
+        return await self._answer(status, body, [(b"Content-Type", pages.CONTENT_TYPE)])
+
+    async def _redirect(self, location: bytes) -> bool:
+        return await self._answer(
+            301,
+            b"",
+            [(b"Location", location), (b"Connection", b"close")],
+        )
+
+    async def _answer(self, status: int, body: bytes, headers: HeaderPairs) -> bool:
+        """Send a whole response; return whether the connection can be used again."""
+        if not self._head.length and not self._codec.received:
+            self._codec.next_body()  # a request without a body ends here
+        if not self._codec.received or self._server.closing:
+            headers = [*headers, (b"Connection", b"close")]
+        headers = [
+            (b"Date", self._server.date()),
+            *headers,
+            (b"Content-Length", b"%d" % len(body)),
+        ]
+        self._status = status
+        self._response = headers
+        data = self._codec.response(status, pages.reason(status).encode(), headers)
+        if self._head.method != b"HEAD" and body:
+            data += self._codec.body(body)
+            self._sent = len(body)
+        self._connection.move_deadline(math.inf, Cause.IDLE)
+        await self._send(data + self._codec.end())
+        return self._codec.received
+
+    # The log line
+
+    def _log(self) -> None:
+        head, destination, service = self._head, self._destination, self._service
+        client, port = self._connection.address
+        path = destination.path if destination else head.target
+        extra: list[tuple[str, bytes]] = []
+        response_type = b""
+        for name, value in self._response or ():
+            if name.lower() == b"content-type":
+                response_type = value
+        if service is not None and self._target is not None:
+            extra = self._logged_headers(service)
+        self._server.log.request(
+            host=destination.host if destination else head.get(b"host"),
+            port=self._server.port,
+            path=unquote_to_bytes(path) if b"%" in path else path,
+            request_id=self._request_id,
+            status=self._status or CLIENT_CLOSED_REQUEST,
+            service=service.name if service else "",
+            target=self._target.name if self._target else "",
+            duration=time.perf_counter_ns() - self._started,
+            method=head.method,
+            req_content_length=head.length,
+            req_content_type=head.get(b"content-type"),
+            resp_content_length=self._sent,
+            resp_content_type=response_type,
+            client_addr=client,
+            client_port=port,
+            remote_addr=head.get(b"x-forwarded-for") or client.encode(),
+            user_agent=head.get(b"user-agent"),
+            proto="HTTP/" + head.version.decode(),
+            scheme=self._server.scheme,
+            query=destination.query if destination else b"",
+            headers=extra,
+        )
+
+    def _logged_headers(self, service: Service) -> list[tuple[str, bytes]]:
+        options = service.target_options
+        request = [(lower, value) for lower, _, value in self._head.headers]
+        response = [(name.lower(), value) for name, value in self._response or ()]
+        return [
+            (
+                f"{prefix}_{name.lower().replace('-', '_')}",
+                b",".join(value for key, value in fields if key == name.lower().encode()),
+            )
+            for prefix, names, fields in (
+                ("req", options.log_request_headers, request),
+                ("resp", options.log_response_headers, response),
+            )
+            for name in names
+        ]
+
+
+class _StaleConnection(Exception):
+    """A connection used before was closed by the target before it answered anything."""
+
+
+def _now_milliseconds() -> bytes:
+    """Return now as the value of X-Request-Start."""
+    return b"t=%d" % (time.time_ns() // 1_000_000)

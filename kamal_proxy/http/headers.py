@@ -1,0 +1,231 @@
+"""What becomes of header fields on their way through, and where a request wants to go. Pure.
+
+RFC 9110 7.6 says what an intermediary must drop; ``docs/http.md`` lists what the proxy adds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import unquote_to_bytes
+
+from kamal_proxy.http.codec import CHUNKED, HeaderPairs, ProtocolError, RequestHead, ResponseHead
+
+# RFC 9110 7.6.1, and the two that only concern the proxy itself.
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+# A client must not remove these by naming them in Connection.
+_NEVER_DROPPED = frozenset({b"host", b"content-length", b"transfer-encoding"})
+# Set anew, or joined with what came in.
+_REWRITTEN = frozenset(
+    {
+        b"forwarded",
+        b"host",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-kamal-target",
+        b"x-request-id",
+        b"x-request-start",
+    }
+)
+_REQUEST_DROPPED = _HOP_BY_HOP | _REWRITTEN | _FRAMING
+_RESPONSE_DROPPED = _HOP_BY_HOP
+
+_HOST = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=%]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
+_ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)([^#]*)")
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+class Destination:
+    """Where a request wants to go.
+
+    Attributes:
+        host: The Host as the client sent it, port included; empty for HTTP/1.0 without one.
+        name: The host's name for routing: lower case, without port, brackets and final dot.
+        path: Raw path, percent-encoding kept; ``*`` of an OPTIONS request counts as the root.
+        query: Raw query without the question mark.
+        route: Decoded path for routing. An encoded slash stays encoded: it separates nothing.
+    """
+
+    __slots__ = ("host", "name", "path", "query", "raw", "route")
+
+    def __init__(self, head: RequestHead) -> None:
+        target = head.target
+        host = head.get(b"host")
+        if not target.startswith(b"/"):
+            target, host = _proxy_form(head, host)
+        if not _HOST.fullmatch(host):
+            raise ProtocolError("malformed Host header")
+        self.raw = target
+        path, _, query = target.partition(b"?")
+        self.host = host
+        self.name = _host_name(host)
+        self.query = query
+        self.path = path
+        if path == b"*":
+            self.route = b"/"
+        elif b"%" in path:
+            if _BAD_ESCAPE.search(path):
+                raise ProtocolError("malformed percent-encoding in the path")
+            self.route = unquote_to_bytes(path.replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
+        else:
+            self.route = path
+
+    def without_prefix(self, prefix: bytes) -> bytes:
+        """Return the raw target without a (decoded) path prefix that :attr:`route` begins with."""
+        path = self.path
+        if path == b"*":
+            return self.raw
+        if b"%" in path[: 3 * len(prefix)]:
+            rest = path[_raw_length(path, len(prefix)) :]
+        else:
+            rest = path[len(prefix) :]
+        return (rest or b"/") + self.raw[len(path) :]
+
+
+def _proxy_form(head: RequestHead, host: bytes) -> tuple[bytes, bytes]:
+    """Handle the target forms other than a path (RFC 9112 3.2); return target and host."""
+    if head.method == b"CONNECT":
+        raise ProtocolError("CONNECT is not supported", 405)
+    if head.target == b"*":
+        if head.method != b"OPTIONS":
+            raise ProtocolError("the target * belongs to OPTIONS")
+        return head.target, host
+    absolute = _ABSOLUTE.fullmatch(head.target)
+    if absolute is None:
+        raise ProtocolError("malformed request target")
+    authority, rest = absolute.groups()
+    if not authority:
+        raise ProtocolError("request target without a host")
+    # The absolute form overrides the Host header (RFC 9112 3.2.2).
+    if not rest and head.method == b"OPTIONS":
+        return b"*", authority
+    return (rest if rest.startswith(b"/") else b"/" + rest), authority
+
+
+def _host_name(host: bytes) -> str:
+    text = host.decode("ascii").lower()
+    if text.startswith("["):
+        return text[1 : text.index("]")]
+    return text.partition(":")[0].removesuffix(".")
+
+
+def _raw_length(path: bytes, decoded: int) -> int:
+    """Return how many raw bytes of a path decode to the first ``decoded`` bytes of its route."""
+    position = 0
+    while decoded > 0:
+        if path[position] == 0x25 and path[position : position + 3].upper() != b"%2F":
+            position += 3
+        else:
+            position += 1
+        decoded -= 1
+    return position
+
+
+def _named_by_connection(headers: list[tuple[bytes, bytes, bytes]]) -> set[bytes]:
+    """Return the lower-case names that Connection fields declare to be for this hop only."""
+    named: set[bytes] = set()
+    for name, _, value in headers:
+        if name == b"connection":
+            named.update(token.strip().lower() for token in value.split(b","))
+    return named - _NEVER_DROPPED
+
+
+def request_headers(
+    head: RequestHead,
+    *,
+    host: bytes,
+    client: bytes,
+    scheme: bytes,
+    forward: bool,
+    target: bytes,
+    request_id: bytes,
+    new_start: Callable[[], bytes],
+) -> HeaderPairs:
+    """Build the header fields of the request that the target gets.
+
+    Args:
+        head: The client's request.
+        host: Host to send; the target's own name when the client named none.
+        client: The client's address.
+        scheme: ``http`` or ``https``.
+        forward: Whether incoming X-Forwarded-* headers are believed.
+        target: ``host:port`` of the target.
+        request_id: The request's id.
+        new_start: Makes the value of X-Request-Start when the client sent none.
+    """
+    dropped = _REQUEST_DROPPED
+    headers = head.headers
+    chain: list[bytes] = []
+    proto = forwarded_host = start = kamal_target = b""
+    trailers = False
+    pairs: HeaderPairs = [(b"Host", host or target)]
+    for name, raw, value in headers:
+        if name not in dropped:
+            pairs.append((raw, value))
+        elif name == b"connection":
+            if value.lower() not in (b"close", b"keep-alive"):
+                dropped = dropped | _named_by_connection(headers)
+        elif name == b"te":
+            trailers = trailers or b"trailers" in value.lower()
+        elif name == b"x-request-start":
+            start = start or value
+        elif forward:
+            if name == b"x-forwarded-for":
+                if value:
+                    chain.append(value)
+            elif name == b"x-forwarded-proto":
+                proto = proto or value
+            elif name == b"x-forwarded-host":
+                forwarded_host = forwarded_host or value
+            elif name == b"x-kamal-target":
+                kamal_target = kamal_target or value
+    if dropped is not _REQUEST_DROPPED:
+        pairs = [pair for pair in pairs if pair[0] == b"Host" or pair[0].lower() not in dropped]
+    chain.append(client)
+    pairs += [
+        (b"X-Forwarded-For", b", ".join(chain)),
+        (b"X-Forwarded-Host", forwarded_host or host),
+        (b"X-Forwarded-Proto", proto or scheme),
+        (b"X-Request-ID", request_id),
+        (b"X-Request-Start", start or new_start()),
+        (b"X-Kamal-Target", kamal_target + b", " + target if kamal_target else target),
+    ]
+    if trailers:
+        pairs.append((b"TE", b"trailers"))
+    if head.length == CHUNKED:
+        pairs.append((b"Transfer-Encoding", b"chunked"))
+    elif head.length or head.get(b"content-length"):
+        pairs.append((b"Content-Length", b"%d" % head.length))
+    return pairs
+
+
+def response_headers(head: ResponseHead) -> HeaderPairs:
+    """Build the header fields of the response that the client gets, Content-Length included."""
+    dropped = _RESPONSE_DROPPED
+    chunked = False
+    pairs: HeaderPairs = []
+    for name, raw, value in head.headers:
+        if name not in dropped:
+            pairs.append((raw, value))
+        elif name == b"transfer-encoding":
+            chunked = True
+        elif name == b"connection" and value.lower() not in (b"close", b"keep-alive"):
+            dropped = dropped | _named_by_connection(head.headers)
+    if chunked:
+        dropped = dropped | {b"content-length"}
+    if dropped is not _RESPONSE_DROPPED:
+        pairs = [pair for pair in pairs if pair[0].lower() not in dropped]
+    return pairs

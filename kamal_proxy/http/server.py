@@ -1,0 +1,112 @@
+"""The HTTP side of a proxy: its connections, from accepting the first to draining the last."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+
+import trio
+
+from kamal_proxy import sockets
+from kamal_proxy.http.connection import ClientConnection
+from kamal_proxy.http.exchange import Cause
+from kamal_proxy.logs import Log
+from kamal_proxy.options import RunOptions
+from kamal_proxy.router import RoutingTable
+from kamal_proxy.sockets import Address, Poller, SocketStream
+
+
+class HttpServer:
+    """Serves client connections of one scheme on one port.
+
+    Args:
+        options: Timeouts and limits.
+        routes: Returns the routing table of this moment.
+        log: Where requests are logged.
+        port: Port for the log, and for embedders.
+        scheme: ``http`` or ``https``.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        routes: Callable[[], RoutingTable],
+        log: Log,
+        port: int,
+        scheme: str = "http",
+    ) -> None:
+        self.options = options
+        self.routes = routes
+        self.log = log
+        self.port = port
+        self.scheme = scheme
+        self.closing = False
+        self._connections: set[ClientConnection] = set()
+        self._closed = trio.Event()
+        self._date = b""
+        self._date_second = -1
+
+    @property
+    def connections(self) -> int:
+        """How many client connections are open."""
+        return len(self._connections)
+
+    def date(self) -> bytes:
+        """Return the value of a Date header field (RFC 9110 6.6.1)."""
+        second = int(time.time())
+        if second != self._date_second:
+            self._date_second = second
+            self._date = formatdate(second, usegmt=True).encode()
+        return self._date
+
+    async def handle(self, stream: SocketStream, address: Address) -> None:
+        """Serve one connection. Whatever a client or a target does ends here."""
+        connection = ClientConnection(stream, address, self)
+        self._connections.add(connection)
+        try:
+            if self.closing:
+                return
+            await connection.run()
+        except Exception as error:  # noqa: BLE001  # a bug must cost one connection, not the proxy
+            self.log.error("Connection failed", client_addr=address[0], error=repr(error))
+        finally:
+            self._connections.discard(connection)
+            if self.closing and not self._connections:
+                self._closed.set()
+
+    def close_idle(self) -> None:
+        """Begin to shut down: idle connections end now, the others after their request."""
+        self.closing = True
+        for connection in self._connections:
+            if connection.is_idle:
+                connection.cancel(Cause.SHUTDOWN)
+        if not self._connections:
+            self._closed.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until the last connection has ended after :meth:`close_idle`."""
+        await self._closed.wait()
+
+    def abort(self) -> None:
+        """Interrupt the requests that are still being served."""
+        for connection in self._connections:
+            connection.cancel(Cause.SHUTDOWN)
+
+    async def accept(
+        self, listener: socket.socket, poller: Poller, nursery: trio.Nursery
+    ) -> None:
+        """Accept connections into ``nursery`` until cancelled."""
+
+        def paused(error: OSError) -> None:
+            self.log.error("Accepting connections is paused", port=self.port, error=str(error))
+
+        await sockets.accept(
+            listener,
+            poller,
+            self.handle,
+            nursery=nursery,
+            limiter=trio.Semaphore(self.options.max_connections),
+            on_error=paused,
+        )

@@ -1,0 +1,159 @@
+"""Connections to one target: opened on demand, kept while idle, used again when still alive.
+
+Names are resolved for a few seconds at a time and again after a failed connect, because an instance
+that was replaced under the same name has another address.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+
+import trio
+
+from kamal_proxy import sockets
+from kamal_proxy.http.codec import ClientCodec
+from kamal_proxy.sockets import Poller, SocketStream
+
+MAX_IDLE = 100  # connections per target
+MAX_IDLE_AGE = 30.0  # seconds; application servers commonly close theirs after 5 to 75
+# A target may close an idle connection just as a request is sent on it. A request that must not be
+# sent twice only uses connections that were busy this many seconds ago.
+FRESH_AGE = 1.0
+CONNECT_TIMEOUT = 5.0  # seconds for each address
+_RESOLVE_AGE = 5.0  # seconds
+
+_Address = tuple[socket.AddressFamily, tuple[object, ...]]
+
+
+class ConnectError(Exception):
+    """No connection to the target could be opened; the text says why."""
+
+
+class UpstreamConnection:
+    """One connection to a target. ``reused`` says whether it has carried a request before."""
+
+    __slots__ = ("codec", "idle_since", "reused", "stream")
+
+    def __init__(self, stream: SocketStream, codec: ClientCodec) -> None:
+        self.stream = stream
+        self.codec = codec
+        self.reused = False
+        self.idle_since = 0.0
+
+
+class UpstreamPool:
+    """The connections to one target.
+
+    Args:
+        poller: Poller of the streams.
+        host: Host name or address of the target.
+        port: Its port.
+        max_head_size: Largest head of a response, in bytes.
+    """
+
+    def __init__(self, poller: Poller, host: str, port: int, max_head_size: int) -> None:
+        self._poller = poller
+        self._host = host
+        self._port = port
+        self._max_head_size = max_head_size
+        self._idle: deque[UpstreamConnection] = deque()  # the most recently used one is last
+        self._addresses: list[_Address] = []
+        self._resolved_at = -_RESOLVE_AGE
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<UpstreamPool {self._host}:{self._port} idle={len(self._idle)}>"
+
+    def take_idle(self, max_age: float) -> UpstreamConnection | None:
+        """Return a living connection that was busy in the last ``max_age`` seconds, if any."""
+        now = trio.current_time()
+        while self._idle:
+            connection = self._idle.pop()
+            age = now - connection.idle_since
+            if age > max_age:
+                if age <= MAX_IDLE_AGE:
+                    self._idle.append(connection)  # still good for requests that may be repeated
+                else:
+                    connection.stream.close()
+                    self._close_idle(len(self._idle))  # all others are older still
+                return None
+            if connection.stream.is_quiet_nowait():
+                connection.reused = True
+                return connection
+            connection.stream.close()
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """Open a new connection.
+
+        Raises:
+            ConnectError: the name can't be resolved, or every address refused or timed out.
+        """
+        fresh = await self._resolve()
+        stream, reason = await self._connect_any()
+        if stream is None and not fresh:
+            self._resolved_at = -_RESOLVE_AGE
+            await self._resolve()
+            stream, reason = await self._connect_any()
+        if stream is None:
+            self._resolved_at = -_RESOLVE_AGE
+            raise ConnectError(reason)
+        return UpstreamConnection(stream, ClientCodec(self._max_head_size))
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Take back a connection whose exchange has ended; kept only if it can be used again."""
+        if self._closed or not connection.codec.next_cycle():
+            connection.stream.close()
+            return
+        now = trio.current_time()
+        connection.idle_since = now
+        self._idle.append(connection)
+        while self._idle and (
+            len(self._idle) > MAX_IDLE or now - self._idle[0].idle_since > MAX_IDLE_AGE
+        ):
+            self._idle.popleft().stream.close()
+
+    def close(self) -> None:
+        """Close the idle connections; those released later are closed too."""
+        self._closed = True
+        self._close_idle(len(self._idle))
+
+    def _close_idle(self, count: int) -> None:
+        for _ in range(count):
+            self._idle.popleft().stream.close()
+
+    async def _resolve(self) -> bool:
+        """Look the name up unless that was done just now; return whether it was looked up."""
+        now = trio.current_time()
+        if now - self._resolved_at < _RESOLVE_AGE:
+            return False
+        try:
+            self._addresses = await sockets.resolve(self._host, self._port)
+        except (OSError, UnicodeError) as error:  # a label can be too long for a name service
+            # The name service may be down for a moment: the last known addresses still serve.
+            if not self._addresses:
+                reason = error.strerror if isinstance(error, OSError) else "malformed name"
+                raise ConnectError(f"can't resolve {self._host}: {reason}") from error
+        self._resolved_at = now
+        return True
+
+    async def _connect_any(self) -> tuple[SocketStream | None, str]:
+        reason = "no address"
+        for family, address in self._addresses:
+            try:
+                with trio.move_on_after(CONNECT_TIMEOUT):
+                    return await sockets.connect(self._poller, family, address), ""
+                reason = f"connect timed out after {CONNECT_TIMEOUT:g}s"
+            except OSError as error:
+                reason = describe(error)
+        return None, reason
+
+
+def describe(error: OSError) -> str:
+    """Say what went wrong in words: ``connection refused``."""
+    if error.errno is None:
+        return str(error)
+    return os.strerror(error.errno).lower() if error.errno in errno.errorcode else str(error)

@@ -1,0 +1,210 @@
+"""JSON log lines: one object per line, keys ``time``, ``level``, ``msg`` first, then the fields.
+
+The shape is a contract (people grep and parse it). Writing never blocks the event loop for long: a
+line goes straight to the descriptor while that takes it, otherwise it waits in a bounded queue and
+what does not fit is counted and reported. Owns no policy about what is logged.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from json.encoder import encode_basestring
+
+import trio
+
+MAX_PENDING = 8 * 1024 * 1024  # bytes of log kept while nobody reads it
+_PIPE_BUF = 4096  # a pipe that polls writable takes this much without blocking (pipe(7))
+_FLUSH_AT_EXIT = 1.0  # seconds
+
+_quote = encode_basestring
+
+
+class Log:
+    """Formats log lines and hands each to ``write``, without its newline.
+
+    Args:
+        write: Takes one line; must not block for long and must not raise.
+        debug: Whether debug lines are wanted.
+    """
+
+    def __init__(self, write: Callable[[str], object], *, debug: bool = False) -> None:
+        self._write = write
+        self._second = -1
+        self._prefix = ""
+        self.debug_enabled = debug
+
+    def debug(self, message: str, **fields: object) -> None:
+        """Log at level DEBUG, if wanted."""
+        if self.debug_enabled:
+            self._line("DEBUG", message, fields)
+
+    def info(self, message: str, **fields: object) -> None:
+        """Log at level INFO."""
+        self._line("INFO", message, fields)
+
+    def warning(self, message: str, **fields: object) -> None:
+        """Log at level WARN."""
+        self._line("WARN", message, fields)
+
+    def error(self, message: str, **fields: object) -> None:
+        """Log at level ERROR."""
+        self._line("ERROR", message, fields)
+
+    def request(
+        self,
+        *,
+        host: bytes,
+        port: int,
+        path: bytes,
+        request_id: bytes,
+        status: int,
+        service: str,
+        target: str,
+        duration: int,
+        method: bytes,
+        req_content_length: int,
+        req_content_type: bytes,
+        resp_content_length: int,
+        resp_content_type: bytes,
+        client_addr: str,
+        client_port: int,
+        remote_addr: bytes,
+        user_agent: bytes,
+        proto: str,
+        scheme: str,
+        query: bytes,
+        headers: list[tuple[str, bytes]],
+    ) -> None:
+        """Log one served request.
+
+        Args:
+            duration: Nanoseconds.
+            headers: Further fields: (``req_<name>`` or ``resp_<name>``, value).
+        """
+        line = (
+            f'{{"time":"{self._time()}","level":"INFO","msg":"Request",'
+            f'"host":{_text(host)},"port":{port},"path":{_text(path)},'
+            f'"request_id":{_text(request_id)},"status":{status},"service":{_quote(service)},'
+            f'"target":{_quote(target)},"duration":{duration},"method":{_text(method)},'
+            f'"req_content_length":{req_content_length},'
+            f'"req_content_type":{_text(req_content_type)},'
+            f'"resp_content_length":{resp_content_length},'
+            f'"resp_content_type":{_text(resp_content_type)},"client_addr":"{client_addr}",'
+            f'"client_port":"{client_port}","remote_addr":{_text(remote_addr)},'
+            f'"user_agent":{_text(user_agent)},"proto":"{proto}","scheme":"{scheme}",'
+            f'"query":{_text(query)}'
+        )
+        for name, value in headers:
+            line += f",{_quote(name)}:{_text(value)}"
+        self._write(line + "}")
+
+    def _line(self, level: str, message: str, fields: dict[str, object]) -> None:
+        line = f'{{"time":"{self._time()}","level":"{level}","msg":{_quote(message)}'
+        for name, value in fields.items():
+            line += f",{_quote(name)}:{_value(value)}"
+        self._write(line + "}")
+
+    def _time(self) -> str:
+        """Return now as Go prints it: RFC 3339, nanoseconds without trailing zeros."""
+        second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        if not nanosecond:
+            return self._prefix + "Z"
+        return f"{self._prefix}.{nanosecond:09d}".rstrip("0") + "Z"
+
+
+def _text(value: bytes) -> str:
+    return _quote(value.decode("utf-8", "replace"))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_value(item) for item in value) + "]"
+    if isinstance(value, bytes):
+        return _text(value)
+    return _quote(str(value).encode("utf-8", "replace").decode())
+
+
+class LineWriter:
+    """Writes lines to a descriptor that may be slow, such as the pipe behind ``docker logs``.
+
+    Args:
+        fd: The descriptor; it stays in blocking mode, because others may share it.
+        max_pending: Bytes kept while the descriptor takes none; further lines are dropped.
+    """
+
+    def __init__(self, fd: int, max_pending: int = MAX_PENDING) -> None:
+        self._fd = fd
+        self._max_pending = max_pending
+        self._pending: deque[bytes] = deque()
+        self._pending_size = 0
+        self._dropped = 0
+        self._broken = False
+        self._congested = trio.Event()
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def write(self, line: str) -> None:
+        """Write one line, or queue it, or count it as dropped."""
+        if self._broken:
+            return
+        data = line.encode() + b"\n"
+        if self._pending_size + len(data) > self._max_pending:
+            self._dropped += 1
+            return
+        self._pending.append(data)
+        self._pending_size += len(data)
+        if self._pending_size == len(data) and not self._write_some(0):
+            self._congested.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write what was queued as the descriptor takes it, until cancelled."""
+        task_status.started()
+        while True:
+            await self._congested.wait()
+            self._congested = trio.Event()
+            while self._pending and not self._broken:
+                await trio.lowlevel.wait_writable(self._fd)
+                self._write_some(0)
+                if self._dropped and not self._pending:
+                    dropped, self._dropped = self._dropped, 0
+                    Log(self.write).warning("Log lines dropped: nobody read them", count=dropped)
+
+    def close(self) -> None:
+        """Write what is still queued, waiting for a slow reader no longer than a second."""
+        deadline = time.monotonic() + _FLUSH_AT_EXIT
+        while self._pending and not self._broken and time.monotonic() < deadline:
+            self._write_some(100)
+
+    def _write_some(self, patience: int) -> bool:
+        """Write until nothing is left or the descriptor takes no more; True if nothing is left.
+
+        Args:
+            patience: Milliseconds to wait for the descriptor each time.
+        """
+        pending = self._pending
+        try:
+            while pending and self._poll.poll(patience):
+                data = pending[0][:_PIPE_BUF]
+                written = os.write(self._fd, data)
+                self._pending_size -= written
+                if written == len(pending[0]):
+                    pending.popleft()
+                else:
+                    pending[0] = pending[0][written:]
+        except OSError:
+            # The reader is gone for good; a proxy must outlive its log.
+            self._broken = True
+            pending.clear()
+            self._pending_size = 0
+        return not pending

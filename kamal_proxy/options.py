@@ -1,0 +1,442 @@
+"""Every option of the proxy and of a deployment, and every rule about their values.
+
+The command, the admin API, the saved state and embedders all use these classes. Constructors only
+normalise (so that a state file written by any program can be read); ``validate`` holds the rules
+and is called once, by the proxy, before anything is changed. Durations are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import attrs
+
+from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+
+MAX_NAME = 255
+MAX_HOSTS = 1000
+
+# The original's pattern, ASCII only: a name or IPv4 address of two characters or more.
+_TARGET = re.compile(r"([A-Za-z0-9_][-_.A-Za-z0-9+]+)(?::([0-9]+))?", re.ASCII)
+_SERVICE_NAME = re.compile(r"[!-.0-~]+")  # printable ASCII without space and slash
+_HOST = re.compile(
+    r"(?:\*\.)?[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*\.?",
+    re.IGNORECASE,
+)
+_IPV6_HOST = re.compile(r"\[?[0-9a-f:.]*:[0-9a-f:.]*\]?", re.IGNORECASE)
+_PATH = re.compile(r"/[^\x00-\x20\x7f?#]*")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_HOST = re.compile(r"[^\x00-\x20\x7f/?#@]+")
+
+
+def _texts(values: Iterable[str] | None) -> tuple[str, ...]:
+    """Normalise a list of texts; the Go proxy writes null for some empty lists."""
+    return () if values is None else tuple(values)
+
+
+def _hosts(values: Iterable[str] | None) -> tuple[str, ...]:
+    """Normalise hosts: none, or the original's single empty host, means every host."""
+    hosts = _texts(values)
+    return () if hosts == ("",) else hosts
+
+
+def _path_prefixes(values: Iterable[str] | None) -> tuple[str, ...]:
+    """Normalise prefixes to a slash and the trimmed rest; none means the root."""
+    return tuple("/" + value.strip("/") for value in _texts(values)) or ("/",)
+
+
+def split_target(target: str) -> tuple[str, int]:
+    """Split ``host`` or ``host:port`` of a target into host and port (80 when not given).
+
+    Raises:
+        InvalidOptionsError: the text is not a target; the sentence names it.
+    """
+    match = _TARGET.fullmatch(target)
+    if match is None:
+        raise InvalidOptionsError(f"{target} :invalid host pattern")
+    host, port = match.groups()
+    number = 80 if port is None else int(port.lstrip("0")[:6] or 0)
+    if not 1 <= number <= 65535:
+        raise InvalidOptionsError(f"target {target}: port must be from 1 to 65535")
+    return host, number
+
+
+@attrs.frozen(kw_only=True)
+class HealthCheckOptions:
+    """How a target is probed.
+
+    Attributes:
+        path: Path of the probe's GET request.
+        port: Port to probe; 0 means the target's own.
+        interval: Seconds between two probes.
+        timeout: Seconds in which each probe must finish.
+        host: Host header of the probe; empty means the target's ``host:port``.
+    """
+
+    path: str = "/up"
+    port: int = 0
+    interval: float = 1.0
+    timeout: float = 5.0
+    host: str = ""
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        if not _PATH.fullmatch(self.path if self.path.startswith("/") else "/" + self.path):
+            raise InvalidOptionsError(
+                f"health-check-path '{self.path}' must be a path without spaces, ? or #"
+            )
+        _require_port("health-check-port", self.port, lowest=0)
+        _require_positive("health-check-interval", self.interval)
+        _require_positive("health-check-timeout", self.timeout)
+        if self.host and not _HEADER_HOST.fullmatch(self.host):
+            raise InvalidOptionsError(f"health-check-host '{self.host}' is not a valid host")
+
+
+@attrs.frozen(kw_only=True)
+class TargetOptions:
+    """How requests travel to a service's targets.
+
+    Attributes:
+        health_check: How targets are probed.
+        response_timeout: Seconds to wait for the head of a response (``--target-timeout``); 0 means
+            no limit.
+        forward_headers: Whether incoming X-Forwarded-* headers are believed; ``None`` means
+            yes unless the service uses TLS.
+        log_request_headers: Names of request headers added to each log line.
+        log_response_headers: Names of response headers added to each log line.
+    """
+
+    health_check: HealthCheckOptions = attrs.field(factory=HealthCheckOptions)
+    response_timeout: float = 30.0
+    buffer_requests: bool = False
+    buffer_responses: bool = False
+    max_memory_buffer_size: int = 1024 * 1024
+    max_request_body_size: int = 0
+    max_response_body_size: int = 0
+    log_request_headers: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    log_response_headers: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    forward_headers: bool | None = None
+    scope_cookie_paths: bool = False
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        self.health_check.validate()
+        _require_not_negative("target-timeout", self.response_timeout)
+        _require_not_negative("buffer-memory", self.max_memory_buffer_size)
+        _require_not_negative("max-request-body", self.max_request_body_size)
+        _require_not_negative("max-response-body", self.max_response_body_size)
+        for option, names in (
+            ("log-request-header", self.log_request_headers),
+            ("log-response-header", self.log_response_headers),
+        ):
+            for name in names:
+                if not _HEADER_NAME.fullmatch(name):
+                    raise InvalidOptionsError(f"{option} '{name}' is not a valid header name")
+
+
+@attrs.frozen(kw_only=True)
+class ServiceOptions:
+    """What a service answers to, and how.
+
+    Attributes:
+        hosts: Host names, ``*.rest`` for exactly one leading label; empty means every host.
+        path_prefixes: Normalised path prefixes; ``("/",)`` by default.
+        strip_prefix: Whether the target sees the path without the prefix.
+    """
+
+    hosts: tuple[str, ...] = attrs.field(default=(), converter=_hosts)
+    path_prefixes: tuple[str, ...] = attrs.field(default=("/",), converter=_path_prefixes)
+    strip_prefix: bool = True
+    tls_enabled: bool = False
+    tls_certificate_path: str = ""
+    tls_private_key_path: str = ""
+    tls_on_demand_url: str = ""
+    tls_redirect: bool = True
+    canonical_host: str = ""
+    acme_directory: str = ""
+    acme_cache_path: str = ""
+    error_page_path: str = ""
+    writer_affinity_timeout: float = 1.0
+    read_targets_accept_websockets: bool = False
+    exclude_metrics_paths: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    client_ip_header: str = ""
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work or a contradiction."""
+        if len(self.hosts) > MAX_HOSTS:
+            raise InvalidOptionsError(f"a service can have at most {MAX_HOSTS} hosts")
+        for host in self.hosts:
+            _require_host(host)
+        for prefix in self.path_prefixes:
+            if not _PATH.fullmatch(prefix):
+                raise InvalidOptionsError(
+                    f"path-prefix '{prefix}' must be a path without spaces, ? or #"
+                )
+        _require_not_negative("writer-affinity-timeout", self.writer_affinity_timeout)
+        if self.client_ip_header and not _HEADER_NAME.fullmatch(self.client_ip_header):
+            raise InvalidOptionsError(
+                f"client-ip-header '{self.client_ip_header}' is not a valid header name"
+            )
+        self._validate_tls()
+        if self.canonical_host and self.hosts and self.canonical_host not in self.hosts:
+            raise InvalidOptionsError(
+                f"service options invalid: canonical-host '{self.canonical_host}' "
+                f"must be present in the hosts list: [{' '.join(self.hosts)}]"
+            )
+
+    def _validate_tls(self) -> None:
+        def refuse(why: str) -> InvalidOptionsError:
+            return InvalidOptionsError(f"service options invalid: {why}")
+
+        own_certificate = self.tls_certificate_path or self.tls_private_key_path
+        if not self.tls_enabled:
+            if self.tls_on_demand_url:
+                raise refuse("TLS must be enabled to use a TLS on-demand URL")
+            return
+        if self.tls_on_demand_url:
+            if self.hosts:
+                raise refuse("cannot set hosts when using a TLS on-demand URL")
+            if own_certificate:
+                raise refuse("cannot use a custom TLS certificate with a TLS on-demand URL")
+            if self.canonical_host:
+                raise refuse("cannot set a canonical host when using a TLS on-demand URL")
+            if not re.fullmatch(r"(https?://[^/\s]+\S*|/\S*)", self.tls_on_demand_url):
+                raise refuse(
+                    f"TLS on-demand URL '{self.tls_on_demand_url}' must be an absolute http(s) URL "
+                    "or a path"
+                )
+        elif not self.hosts:
+            raise refuse("host must be set when using TLS")
+        elif not own_certificate and any("*" in host for host in self.hosts):
+            raise InvalidOptionsError("automatic TLS does not support wildcards")
+        if "/" not in self.path_prefixes:
+            raise refuse("TLS settings must be specified on the root path service")
+
+
+@attrs.frozen(kw_only=True)
+class DeploymentOptions:
+    """How one deploy is carried out; not remembered.
+
+    Attributes:
+        deploy_timeout: Seconds in which every new target must become healthy.
+        drain_timeout: Seconds that requests in flight on the old targets may take to finish.
+        force: Switch at once, without waiting for health.
+    """
+
+    deploy_timeout: float = 30.0
+    drain_timeout: float = 30.0
+    force: bool = False
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        _require_not_negative("deploy-timeout", self.deploy_timeout)
+        _require_not_negative("drain-timeout", self.drain_timeout)
+
+
+@attrs.frozen(kw_only=True)
+class DeployOptions:
+    """Everything that one deploy of a service states. Options are not sticky between deploys.
+
+    Attributes:
+        service: Name of the service.
+        targets: ``host:port`` of each target.
+        read_targets: ``host:port`` of each read-only target.
+    """
+
+    service: str
+    targets: tuple[str, ...] = attrs.field(converter=_texts)
+    read_targets: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    service_options: ServiceOptions = attrs.field(factory=ServiceOptions)
+    target_options: TargetOptions = attrs.field(factory=TargetOptions)
+    deployment_options: DeploymentOptions = attrs.field(factory=DeploymentOptions)
+
+    def validate(self) -> None:
+        """Check everything that can be checked without the running proxy.
+
+        Raises:
+            InvalidOptionsError: a value can't work; the sentence names the option and the value.
+            NotSupportedYetError: an option of the original whose behaviour is still to come.
+        """
+        if not _SERVICE_NAME.fullmatch(self.service) or len(self.service) > MAX_NAME:
+            raise InvalidOptionsError(
+                f"service name '{self.service}' must be 1 to {MAX_NAME} printable ASCII characters "
+                "without spaces or slashes"
+            )
+        if not self.targets:
+            raise InvalidOptionsError("at least one target is required")
+        for target in (*self.targets, *self.read_targets):
+            split_target(target)
+        self.service_options.validate()
+        self.target_options.validate()
+        self.deployment_options.validate()
+        for flag in unsupported_flags(self.service_options, self.target_options, self.read_targets):
+            raise NotSupportedYetError(
+                f"--{flag} is not supported yet by this version of kamal-proxy"
+            )
+
+
+# Field of ServiceOptions or TargetOptions -> flag, for behaviour that arrives with a later version.
+# A deploy that asks for one is refused; a restored service that has one is served without it and
+# says so in the log. Every value survives in the saved state.
+_UNSUPPORTED_SERVICE = {
+    "tls_enabled": "tls",
+    "tls_certificate_path": "tls-certificate-path",
+    "tls_private_key_path": "tls-private-key-path",
+    "tls_on_demand_url": "tls-on-demand-url",
+    "acme_directory": "tls-staging",
+    "tls_redirect": "tls-redirect",
+    "canonical_host": "canonical-host",
+    "error_page_path": "error-pages",
+    "writer_affinity_timeout": "writer-affinity-timeout",
+    "read_targets_accept_websockets": "read-target-websockets",
+    "exclude_metrics_paths": "exclude-metrics-path",
+    "client_ip_header": "client-ip-header",
+}
+_UNSUPPORTED_TARGET = {
+    "buffer_requests": "buffer-requests",
+    "buffer_responses": "buffer-responses",
+    "max_memory_buffer_size": "buffer-memory",
+    "max_request_body_size": "max-request-body",
+    "max_response_body_size": "max-response-body",
+    "scope_cookie_paths": "scope-cookie-paths",
+}
+NOT_SUPPORTED_YET = frozenset(
+    {
+        "read-target",
+        *_UNSUPPORTED_SERVICE.values(),
+        *_UNSUPPORTED_TARGET.values(),
+        "metrics-port",
+        "http3",
+    }
+)
+"""Flags that help texts must mark."""
+
+
+def unsupported_flags(
+    service: ServiceOptions, target: TargetOptions, read_targets: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yield the flag of each option that asks for behaviour this version does not have.
+
+    An option at its default asks for nothing.
+    """
+    if read_targets:
+        yield "read-target"
+    service_defaults, target_defaults = ServiceOptions(), TargetOptions()
+    for field, flag in _UNSUPPORTED_SERVICE.items():
+        if getattr(service, field) != getattr(service_defaults, field):
+            yield flag
+    for field, flag in _UNSUPPORTED_TARGET.items():
+        if getattr(target, field) != getattr(target_defaults, field):
+            yield flag
+
+
+def default_data_directory() -> Path:
+    """Return ``~/.config/kamal-proxy``, the original's place for state and certificates."""
+    home = os.environ.get("HOME") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    return Path(home, ".config", "kamal-proxy")
+
+
+def default_socket_path() -> Path:
+    """Return where the admin API listens, by the original's rules for the environment."""
+    environ = os.environ
+    if path := environ.get("KAMAL_PROXY_SOCKET"):
+        return Path(path)
+    directory = environ.get("XDG_RUNTIME_DIR") or environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    return Path(directory, "kamal-proxy.sock")
+
+
+@attrs.frozen(kw_only=True)
+class RunOptions:
+    """How a proxy runs.
+
+    Attributes:
+        http_port: TCP port for plain HTTP; 0 lets the kernel choose (see ``Proxy.http_port``).
+        https_port: TCP port for HTTPS. Not served yet.
+        metrics_port: TCP port for metrics; 0 means none. Not served yet.
+        http3: Whether HTTP/3 is served. Not served yet.
+        debug: Whether debug lines are logged.
+        bind: Address to listen on; empty means all, IPv4 and IPv6.
+        data_directory: Where the saved state lives; ``None`` means state is not saved.
+        socket_path: Unix socket of the admin API; ``None`` means there is none.
+        head_timeout: Seconds in which the head of a request must arrive once it has begun.
+        idle_timeout: Seconds that a client connection may stay open between requests.
+        stall_timeout: Seconds that one read of a request body from a client, or one write of a
+            response to it, may wait for the client.
+        shutdown_timeout: Seconds that requests in flight may take to finish at shutdown.
+        max_head_size: Largest head of a request, and of a response, in bytes.
+        max_connections: Client connections that may be open at once; more wait to be accepted.
+    """
+
+    http_port: int = 80
+    https_port: int = 443
+    metrics_port: int = 0
+    http3: bool = False
+    debug: bool = False
+    bind: str = ""
+    data_directory: Path | None = None
+    socket_path: Path | None = None
+    head_timeout: float = 30.0
+    idle_timeout: float = 60.0
+    stall_timeout: float = 60.0
+    shutdown_timeout: float = 10.0
+    max_head_size: int = 64 * 1024
+    max_connections: int = 10_000
+
+    @property
+    def state_path(self) -> Path | None:
+        """The saved state of the HTTP services."""
+        return None if self.data_directory is None else self.data_directory / "kamal-proxy.state"
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError or NotSupportedYetError for a value that can't be used."""
+        for option in ("http-port", "https-port", "metrics-port"):
+            _require_port(option, getattr(self, option.replace("-", "_")), lowest=0)
+        for option in ("head-timeout", "idle-timeout", "stall-timeout"):
+            _require_positive(option, getattr(self, option.replace("-", "_")))
+        _require_not_negative("shutdown-timeout", self.shutdown_timeout)
+        if self.max_head_size < 1024:
+            raise InvalidOptionsError("max-head-size must be at least 1024 bytes")
+        _require_positive("max-connections", self.max_connections)
+        if self.metrics_port:
+            raise NotSupportedYetError(
+                "--metrics-port is not supported yet by this version of kamal-proxy"
+            )
+        if self.http3:
+            raise NotSupportedYetError(
+                "--http3 is not supported yet by this version of kamal-proxy"
+            )
+
+
+def _require_host(host: str) -> None:
+    if "," in host:
+        raise InvalidOptionsError(f"host '{host}' is not a host name; give each host on its own")
+    if host == "*":
+        raise InvalidOptionsError(
+            "host '*' is not a host name; leave --host out to serve all hosts"
+        )
+    if _IPV6_HOST.fullmatch(host):
+        return
+    if ":" in host or "/" in host:
+        raise InvalidOptionsError(f"host '{host}' must be a bare host name, without scheme or port")
+    if len(host) > MAX_NAME or not _HOST.fullmatch(host):
+        raise InvalidOptionsError(
+            f"host '{host}' is not a valid host name (such as app.example.com or *.example.com)"
+        )
+
+
+def _require_port(option: str, value: int, *, lowest: int) -> None:
+    if not lowest <= value <= 65535:
+        raise InvalidOptionsError(f"{option} {value} must be from {lowest} to 65535")
+
+
+def _require_positive(option: str, value: float) -> None:
+    if not value > 0:
+        raise InvalidOptionsError(f"{option} must be more than zero")
+
+
+def _require_not_negative(option: str, value: float) -> None:
+    if not value >= 0:
+        raise InvalidOptionsError(f"{option} must not be negative")

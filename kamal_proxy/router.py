@@ -1,0 +1,131 @@
+"""Which service a request belongs to: an immutable snapshot, swapped whole by each change. Pure.
+
+Host match order: exact host, then ``*.rest`` for exactly one leading label, then every host. Within
+a host the longest path prefix wins, and it matches whole segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+
+from kamal_proxy.errors import HostConflictError
+from kamal_proxy.service import Service
+
+
+EVERY_HOST = ""
+
+
+class RoutingTable:
+    """All services at one moment. Never changed: :meth:`with_service` makes another."""
+
+    __slots__ = ("_bindings", "_services")
+
+    def __init__(self, services: Mapping[str, Service] | None = None) -> None:
+        bindings: dict[str, list[tuple[bytes, Service]]] = {}
+        resolved = {}
+        for service in _inheriting_tls(dict(services or {})):
+            resolved[service.name] = service
+            for host in _host_keys(service):
+                for prefix in service.options.path_prefixes:
+                    bindings.setdefault(host, []).append((prefix.encode(), service))
+        self._services = resolved
+        self._bindings = {
+            host: tuple(sorted(bound, key=lambda binding: -len(binding[0])))
+            for host, bound in bindings.items()
+        }
+
+    def __iter__(self) -> Iterator[Service]:
+        return iter(self._services.values())
+
+    def get(self, name: str) -> Service | None:
+        """Return the service of that name."""
+        return self._services.get(name)
+
+    def with_service(self, service: Service) -> RoutingTable:
+        """Return a table in which ``service`` replaces the one of its name.
+
+        Raises:
+            HostConflictError: another service claims one of its host and prefix pairs.
+        """
+        self.require_available(service)
+        return RoutingTable({**self._services, service.name: service})
+
+    def without_service(self, name: str) -> RoutingTable:
+        """Return a table without the service of that name."""
+        return RoutingTable({key: kept for key, kept in self._services.items() if key != name})
+
+    def require_available(self, service: Service) -> None:
+        """Raise HostConflictError if another service claims one of its host and prefix pairs."""
+        wanted = {prefix.encode() for prefix in service.options.path_prefixes}
+        for host in _host_keys(service):
+            for prefix, owner in self._bindings.get(host, ()):
+                if owner.name != service.name and prefix in wanted:
+                    raise HostConflictError(
+                        "host settings conflict with another service",
+                        [
+                            f"service {owner.name} already serves "
+                            f"{host or 'every host'} with path prefix {prefix.decode()}"
+                        ],
+                    )
+
+    def find(self, host: str, path: bytes) -> tuple[Service, bytes] | None:
+        """Find the service for a request.
+
+        Args:
+            host: Host name in lower case, without port.
+            path: Decoded path.
+
+        Returns:
+            The service and the prefix that matched, or None.
+        """
+        bound = self._bindings.get(host)
+        if bound is None:
+            dot = host.find(".")
+            if dot > 0:
+                bound = self._bindings.get("*" + host[dot:])
+            if bound is None:
+                bound = self._bindings.get(EVERY_HOST)
+                if bound is None:
+                    return None
+        for prefix, service in bound:
+            if prefix == b"/":
+                return service, prefix
+            if path.startswith(prefix) and (
+                len(path) == len(prefix) or path[len(prefix)] == 0x2F  # a slash
+            ):
+                return service, prefix
+        return None
+
+
+def _host_keys(service: Service) -> tuple[str, ...]:
+    hosts = service.options.hosts or (EVERY_HOST,)
+    return tuple(host.lower().strip("[]").removesuffix(".") for host in hosts)
+
+
+def _inheriting_tls(services: dict[str, Service]) -> Iterator[Service]:
+    """Give each service without a root prefix the TLS settings of its host's root service."""
+    roots = {
+        host: service
+        for service in services.values()
+        if "/" in service.options.path_prefixes
+        for host in _host_keys(service)
+    }
+    for service in services.values():
+        options = service.options
+        if "/" not in options.path_prefixes:
+            root = _root_for(_host_keys(service)[0], roots)
+            options = attrs.evolve(
+                options,
+                tls_enabled=root is not None and root.options.tls_enabled,
+                tls_redirect=root is None or root.options.tls_redirect,
+            )
+            if options != service.options:
+                service = attrs.evolve(service, options=options)
+        yield service
+
+
+def _root_for(host: str, roots: dict[str, Service]) -> Service | None:
+    wildcard = "*" + host[host.find(".") :] if host.find(".") > 0 else EVERY_HOST
+    return roots.get(host) or roots.get(wildcard) or roots.get(EVERY_HOST)

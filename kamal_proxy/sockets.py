@@ -1,0 +1,498 @@
+"""The one room for stream IO: sockets, readiness, connecting, listening, accepting.
+
+Every operation tries the system call first and waits only on EAGAIN. Readiness does not go through
+``trio.lowlevel.wait_readable``: each socket is registered once, edge-triggered, in an epoll of the
+poller's own, one task waits for that epoll's descriptor and reschedules the tasks whose sockets
+became ready. That saves two ``epoll_ctl`` calls per wait, and lets one task wait for its upstream
+while it watches its client for a hang-up. Deadlines are the caller's cancel scope.
+
+A wait must follow an EAGAIN with no checkpoint in between: an edge that arrives after the EAGAIN
+wakes the waiter, and an edge before it is seen by the next attempt.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import outcome
+import trio
+
+from kamal_proxy.errors import ControlSocketError, ListenError
+
+READ_SIZE = 64 * 1024
+BACKLOG = 4096
+
+# A stream whose calls never block must still let other tasks run, and notice its cancellation.
+_CALLS_PER_TURN = 32
+_EVENTS_PER_POLL = 512
+
+_EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_READABLE = select.EPOLLIN | _HUNG_UP
+_WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+
+# accept() can fail for want of these; the connection waits in the backlog meanwhile.
+_CAPACITY_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+# accept() reports errors of the connection it would have returned (accept(2)).
+_ACCEPT_AGAIN_ERRNOS = {
+    errno.ECONNABORTED,
+    errno.EPERM,
+    errno.EPROTO,
+    errno.ENETDOWN,
+    errno.ENOPROTOOPT,
+    errno.EHOSTDOWN,
+    errno.ENONET,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+}
+
+Address: TypeAlias = tuple[str, int]
+
+
+class Poller:
+    """Readiness for all streams of one proxy. :meth:`run` must run while any stream is in use."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._streams: dict[int, SocketStream] = {}
+
+    def __len__(self) -> int:
+        """Return how many streams are open."""
+        return len(self._streams)
+
+    def open_stream(self, sock: socket.socket) -> SocketStream:
+        """Take over a connected, or connecting, socket."""
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream = SocketStream(sock, self)
+        self._streams[sock.fileno()] = stream
+        self._epoll.register(sock.fileno(), _EDGES)
+        return stream
+
+    def forget(self, fd: int) -> None:
+        """Drop a stream that is about to be closed; closing it takes it out of the epoll."""
+        del self._streams[fd]
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Wake the tasks whose sockets became ready, until cancelled."""
+        task_status.started()
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                for fd, events in self._epoll.poll(0, _EVENTS_PER_POLL):
+                    # A stream closed earlier in this batch may have left an event behind.
+                    stream = self._streams.get(fd)
+                    if stream is not None:
+                        stream.ready(events)
+        finally:
+            self._epoll.close()
+
+
+class SocketStream:
+    """A connected stream socket. One task may read, and one task may write, at a time.
+
+    All methods raise ``trio.BrokenResourceError`` when the peer or the network broke the
+    connection, ``trio.ClosedResourceError`` after :meth:`close` and ``trio.BusyResourceError``
+    when a second task uses the same direction.
+    """
+
+    __slots__ = ("_calls", "_hung_up", "_poller", "_reader", "_sock", "_watched", "_watcher", "_writer")
+
+    def __init__(self, sock: socket.socket, poller: Poller) -> None:
+        self._sock: socket.socket | None = sock
+        self._poller = poller
+        self._reader: trio.lowlevel.Task | None = None
+        self._writer: trio.lowlevel.Task | None = None
+        self._watched: SocketStream | None = None  # whose hang-up also wakes our reader
+        self._watcher: SocketStream | None = None  # whose reader our hang-up wakes
+        self._hung_up = False
+        self._calls = 0
+
+    def receive_nowait(self, max_bytes: int = READ_SIZE) -> bytes | None:
+        """Return what has arrived, ``b""`` at the end of the stream, or None if nothing has yet."""
+        try:
+            return self._socket().recv(max_bytes)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
+        """Return 1 to ``max_bytes`` bytes, or ``b""`` at the end of the stream."""
+        await self._take_turn()
+        while True:
+            data = self.receive_nowait(max_bytes)
+            if data is not None:
+                return data
+            await self.wait_readable()
+
+    async def receive_watching(self, watch: SocketStream, max_bytes: int) -> bytes | None:
+        """Like :meth:`receive`, but return None once ``watch`` has hung up and nothing is here."""
+        await self._take_turn()
+        while True:
+            data = self.receive_nowait(max_bytes)
+            if data is not None:
+                return data
+            if not await self.wait_readable(watch):
+                return None
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Send what the socket takes and return how many bytes that was (0 when it is full)."""
+        try:
+            return self._socket().send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def send(self, data: bytes) -> None:
+        """Send all of ``data``, waiting while the socket is full."""
+        await self._take_turn()
+        sent = self.send_nowait(data)
+        if sent == len(data):
+            return
+        rest = memoryview(data)[sent:]
+        while rest:
+            await self.wait_writable()
+            rest = rest[self.send_nowait(rest) :]
+
+    async def wait_readable(self, watch: SocketStream | None = None) -> bool:
+        """Wait until a read that found nothing is worth another try.
+
+        Args:
+            watch: A stream whose hang-up ends the wait as well.
+
+        Returns:
+            False if it was ``watch`` that hung up; it may have sent data before it did.
+        """
+        self._socket()
+        if self._reader is not None:
+            raise trio.BusyResourceError("another task is reading from this stream")
+        if watch is not None:
+            if watch.hung_up:
+                await trio.lowlevel.checkpoint()
+                return False
+            watch._watcher = self
+            self._watched = watch
+        self._reader = trio.lowlevel.current_task()
+
+        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
+            self._take_reader()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        readable = await trio.lowlevel.wait_task_rescheduled(abort)
+        return bool(readable)
+
+    async def wait_writable(self) -> None:
+        """Wait until a write that found the socket full is worth another try."""
+        self._socket()
+        if self._writer is not None:
+            raise trio.BusyResourceError("another task is writing to this stream")
+        self._writer = trio.lowlevel.current_task()
+
+        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
+            self._writer = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer has closed its side, or both, and nothing it sent is left to read.
+
+        An ordinary half-close looks like this too.
+        """
+        return self._hung_up and self.at_eof_nowait()
+
+    def at_eof_nowait(self) -> bool:
+        """Return whether the next read would find the end of the stream, or an error, at once."""
+        try:
+            return not self._socket().recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def is_quiet_nowait(self) -> bool:
+        """Return whether the stream is open with nothing to read: a pooled connection is usable."""
+        try:
+            self._socket().recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def shutdown_write(self) -> None:
+        """Send the end of the stream; reading goes on."""
+        try:
+            self._socket().shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    def connect_error_nowait(self) -> int:
+        """Return the errno of a finished connect(), 0 for success."""
+        return self._socket().getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def close(self) -> None:
+        """Close at once, waking any task that waits. Closing again does nothing."""
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        self._poller.forget(sock.fileno())
+        sock.close()
+        closed = outcome.Error(trio.ClosedResourceError("this stream was closed"))
+        if self._watcher is not None:
+            self._watcher._watched = None
+            self._watcher = None
+        if self._reader is not None:
+            trio.lowlevel.reschedule(self._take_reader(), closed)
+        if self._writer is not None:
+            task, self._writer = self._writer, None
+            trio.lowlevel.reschedule(task, closed)
+
+    def ready(self, events: int) -> None:
+        """Wake the tasks that wait for these epoll events (called by the poller)."""
+        if events & _HUNG_UP:
+            self._hung_up = True
+            if self._watcher is not None and self.at_eof_nowait():
+                trio.lowlevel.reschedule(self._watcher._take_reader(), outcome.Value(False))
+        if events & _READABLE and self._reader is not None:
+            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(True))
+        if events & _WRITABLE and self._writer is not None:
+            task, self._writer = self._writer, None
+            trio.lowlevel.reschedule(task)
+
+    def _socket(self) -> socket.socket:
+        if self._sock is None:
+            raise trio.ClosedResourceError("this stream was closed")
+        return self._sock
+
+    def _take_reader(self) -> trio.lowlevel.Task:
+        task, self._reader = self._reader, None
+        assert task is not None
+        if self._watched is not None:
+            self._watched._watcher = None
+            self._watched = None
+        return task
+
+    async def _take_turn(self) -> None:
+        # Before the system call, so that a cancellation never loses what it has done.
+        self._calls += 1
+        if self._calls >= _CALLS_PER_TURN:
+            self._calls = 0
+            await trio.lowlevel.checkpoint()
+
+
+async def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    """Return the addresses of a TCP service, in the resolver's order.
+
+    Raises:
+        socket.gaierror: the name can't be resolved.
+    """
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+async def connect(
+    poller: Poller, family: socket.AddressFamily, address: tuple[object, ...] | str
+) -> SocketStream:
+    """Open a connection to one address.
+
+    Raises:
+        OSError: the connection was refused, or the network failed.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        stream = poller.open_stream(sock)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        code = sock.connect_ex(address)
+        if code in (errno.EINPROGRESS, errno.EAGAIN):
+            await stream.wait_writable()
+            code = stream.connect_error_nowait()
+        if code:
+            raise OSError(code, errno.errorcode.get(code, str(code)))
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def listen_tcp(bind: str, port: int) -> socket.socket:
+    """Bind a TCP listener; an empty ``bind`` listens on all addresses, IPv4 and IPv6.
+
+    Raises:
+        ListenError: naming the address and what to do.
+    """
+    try:
+        family, address = _listen_address(bind, port)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ListenError(f"listen tcp {bind}:{port}: {_reason(error)}") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and not bind:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.setblocking(False)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        hint = ""
+        if error.errno == errno.EACCES and 0 < port < 1024:
+            hint = (
+                " (ports below 1024 need the capability CAP_NET_BIND_SERVICE or the sysctl "
+                f"net.ipv4.ip_unprivileged_port_start={port}; or choose another port)"
+            )
+        raise ListenError(f"listen tcp {bind}:{port}: bind: {_reason(error)}{hint}") from error
+    return sock
+
+
+def _listen_address(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+    if bind:
+        family, _, _, _, address = socket.getaddrinfo(
+            bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return family, address
+    if socket.has_dualstack_ipv6():
+        return socket.AF_INET6, ("::", port)
+    return socket.AF_INET, ("0.0.0.0", port)  # noqa: S104  # all addresses is what was asked for
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+@contextmanager
+def listen_unix(path: Path) -> Iterator[socket.socket]:
+    """Bind a Unix socket with mode 0600 and unlink it at the end.
+
+    A socket file that nobody listens on any more is replaced.
+
+    Raises:
+        ControlSocketError: the path is in use by a living process, is not a socket, or can't be
+            bound; the sentence names it.
+    """
+    _remove_stale_socket(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            # The mode of the descriptor becomes the mode of the file, so it is never wider.
+            os.fchmod(sock.fileno(), 0o600)
+            sock.bind(str(path))
+            sock.setblocking(False)
+            sock.listen(BACKLOG)
+            identity = path.stat()
+        except OSError as error:
+            raise ControlSocketError(f"listen unix {path}: bind: {_reason(error)}") from error
+        yield sock
+        try:
+            # Another process may have put its own socket there meanwhile.
+            if path.stat().st_ino == identity.st_ino:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+    finally:
+        sock.close()
+
+
+def _remove_stale_socket(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ControlSocketError(f"listen unix {path}: {_reason(error)}") from error
+    if not stat.S_ISSOCK(mode):
+        raise ControlSocketError(f"listen unix {path}: a file that is not a socket is in the way")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ControlSocketError(f"listen unix {path}: {_reason(error)}") from error
+    raise ControlSocketError(
+        f"listen unix {path}: another kamal-proxy is running; stop it first, or set "
+        "KAMAL_PROXY_SOCKET to another path"
+    )
+
+
+async def accept(
+    listener: socket.socket,
+    poller: Poller,
+    handle: Callable[[SocketStream, Address], Awaitable[None]],
+    *,
+    nursery: trio.Nursery,
+    limiter: trio.Semaphore,
+    on_error: Callable[[OSError], None],
+) -> None:
+    """Accept connections until cancelled, each handled by its own task of ``nursery``.
+
+    Args:
+        listener: A listening, non-blocking socket; the caller closes it.
+        poller: Poller of the streams.
+        handle: Called with each stream and the client's address; it must not raise, and the
+            stream is closed after it.
+        nursery: Where the connections live.
+        limiter: Acquired for each connection, released when it ends.
+        on_error: Told why accepting pauses (out of descriptors, of memory).
+    """
+
+    async def serve(stream: SocketStream, address: Address) -> None:
+        try:
+            await handle(stream, address)
+        finally:
+            stream.close()
+            limiter.release()
+
+    while True:
+        await limiter.acquire()
+        try:
+            sock, address = await _accept_one(listener, on_error)
+        except BaseException:
+            limiter.release()
+            raise
+        nursery.start_soon(serve, poller.open_stream(sock), address)
+
+
+async def _accept_one(
+    listener: socket.socket, on_error: Callable[[OSError], None]
+) -> tuple[socket.socket, Address]:
+    while True:
+        try:
+            sock, address = listener.accept()
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(listener)
+        except OSError as error:
+            if error.errno in _CAPACITY_ERRNOS:
+                on_error(error)
+                await trio.sleep(0.1)
+            elif error.errno not in _ACCEPT_AGAIN_ERRNOS:
+                raise
+        else:
+            return sock, _client_address(address)
+
+
+def _client_address(address: object) -> Address:
+    """Normalise what accept() tells: IPv4 in IPv6 becomes IPv4, a Unix peer has no address."""
+    if not isinstance(address, tuple):
+        return "", 0
+    host, port = address[:2]
+    return host.removeprefix("::ffff:"), port
