@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import trio
 
 from kamal_proxy.balancer import RoundRobin
 from kamal_proxy.health import Health, ProbeResult, TargetState
-from kamal_proxy.logs import Log
 from kamal_proxy.options import HealthCheckOptions, split_target
+
+if TYPE_CHECKING:
+    from kamal_proxy.logs import Log
 
 # A request that was told to end only has to unwind; one that can't within this is left behind.
 _UNWIND = 5.0  # seconds

@@ -5,8 +5,10 @@ Nothing here knows about sockets or HTTP. ``code`` is the stable name that the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class KamalProxyError(Exception):

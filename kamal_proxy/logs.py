@@ -11,10 +11,13 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
 from json.encoder import encode_basestring
+from typing import TYPE_CHECKING
 
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_PENDING = 8 * 1024 * 1024  # bytes of log kept while nobody reads it
 _PIPE_BUF = 4096  # a pipe that polls writable takes this much without blocking (pipe(7))
@@ -79,11 +82,10 @@ class Log:
         query: bytes,
         headers: list[tuple[str, bytes]],
     ) -> None:
-        """Log one served request.
+        """Log one served request; the keywords are the fields of the line, in the contract's order.
 
-        Args:
-            duration: Nanoseconds.
-            headers: Further fields: (``req_<name>`` or ``resp_<name>``, value).
+        ``duration`` is nanoseconds, ``req_content_length`` -1 for a chunked body, and ``headers``
+        are further fields: (``req_<name>`` or ``resp_<name>``, value).
         """
         line = (
             f'{{"time":"{self._time()}","level":"INFO","msg":"Request",'

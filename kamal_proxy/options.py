@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
 from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 MAX_NAME = 255
 MAX_HOSTS = 1000

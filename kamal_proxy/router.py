@@ -6,13 +6,16 @@ a host the longest path prefix wins, and it matches whole segments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import attrs
 
 from kamal_proxy.errors import HostConflictError
-from kamal_proxy.service import Service
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from kamal_proxy.service import Service
 
 EVERY_HOST = ""
 

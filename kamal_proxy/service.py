@@ -6,15 +6,13 @@ A value: a change makes another one and a new routing table that holds it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
+from kamal_proxy.deployment import Deployment
 from kamal_proxy.options import ServiceOptions, TargetOptions
-from kamal_proxy.state import SavedPause, SavedRollout, SavedService
-
-if TYPE_CHECKING:
-    from kamal_proxy.deployment import Deployment
+from kamal_proxy.state import SavedPause, SavedRollout
 
 
 @attrs.frozen(kw_only=True, eq=False)

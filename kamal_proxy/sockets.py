@@ -17,15 +17,17 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import outcome
 import trio
 
 from kamal_proxy.errors import ControlSocketError, ListenError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
 
 READ_SIZE = 64 * 1024
 BACKLOG = 4096
@@ -85,16 +87,17 @@ class Poller:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Wake the tasks whose sockets became ready, until cancelled."""
         task_status.started()
-        try:
-            while True:
-                await trio.lowlevel.wait_readable(self._epoll.fileno())
-                for fd, events in self._epoll.poll(0, _EVENTS_PER_POLL):
-                    # A stream closed earlier in this batch may have left an event behind.
-                    stream = self._streams.get(fd)
-                    if stream is not None:
-                        stream.ready(events)
-        finally:
-            self._epoll.close()
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            for fd, events in self._epoll.poll(0, _EVENTS_PER_POLL):
+                # A stream closed earlier in this batch may have left an event behind.
+                stream = self._streams.get(fd)
+                if stream is not None:
+                    stream.ready(events)
+
+    def close(self) -> None:
+        """Close the epoll, after :meth:`run` has ended and every stream is closed."""
+        self._epoll.close()
 
 
 class SocketStream:
@@ -105,7 +108,16 @@ class SocketStream:
     when a second task uses the same direction.
     """
 
-    __slots__ = ("_calls", "_hung_up", "_poller", "_reader", "_sock", "_watched", "_watcher", "_writer")
+    __slots__ = (
+        "_calls",
+        "_hung_up",
+        "_poller",
+        "_reader",
+        "_sock",
+        "_watched",
+        "_watcher",
+        "_writer",
+    )
 
     def __init__(self, sock: socket.socket, poller: Poller) -> None:
         self._sock: socket.socket | None = sock

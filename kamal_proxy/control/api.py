@@ -7,10 +7,10 @@ its report and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
 import trio
@@ -27,9 +27,13 @@ from kamal_proxy.control.messages import (
 from kamal_proxy.errors import InvalidOptionsError, KamalProxyError, ShuttingDownError
 from kamal_proxy.http import pages
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError, RequestHead, ServerCodec
-from kamal_proxy.logs import Log
 from kamal_proxy.options import DeployOptions
-from kamal_proxy.sockets import Address, SocketStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kamal_proxy.logs import Log
+    from kamal_proxy.sockets import Address, SocketStream
 
 MAX_HEAD = 16 * 1024
 MAX_BODY = 1024 * 1024
@@ -48,9 +52,9 @@ _STATUS = {
 
 
 class Controlled(Protocol):
-    """What the API controls: a proxy."""
+    """What the API controls: the services of a proxy."""
 
-    def services(self) -> list[ServiceDescription]:
+    def describe(self) -> list[ServiceDescription]:
         """Describe all services, sorted by name."""
 
     async def deploy(self, options: DeployOptions, progress: Callable[[Event], None]) -> object:
@@ -72,13 +76,13 @@ class ControlServer:
     """Serves the admin API.
 
     Args:
-        proxy: What is controlled.
+        services: What is controlled.
         operations: Nursery in which deploys run, whoever asked for them.
         log: Where bugs are reported.
     """
 
-    def __init__(self, proxy: Controlled, operations: trio.Nursery, log: Log) -> None:
-        self._proxy = proxy
+    def __init__(self, services: Controlled, operations: trio.Nursery, log: Log) -> None:
+        self._services = services
         self._operations = operations
         self._log = log
 
@@ -86,11 +90,11 @@ class ControlServer:
         """Serve one connection; never raises."""
         codec = ServerCodec(MAX_HEAD)
         try:
-            while await _Call(self._proxy, self._operations, stream, codec).serve():
+            while await _Call(self._services, self._operations, stream, codec).serve():
                 pass
         except (trio.BrokenResourceError, trio.TooSlowError):
             return  # the client is gone
-        except Exception as error:  # noqa: BLE001  # a bug must cost one call, not the proxy
+        except Exception as error:  # a bug must cost one call, not the proxy
             self._log.error("Admin API call failed", error=repr(error))
 
 
@@ -99,12 +103,12 @@ class _Call:
 
     def __init__(
         self,
-        proxy: Controlled,
+        services: Controlled,
         operations: trio.Nursery,
         stream: SocketStream,
         codec: ServerCodec,
     ) -> None:
-        self._proxy = proxy
+        self._services = services
         self._operations = operations
         self._stream = stream
         self._codec = codec
@@ -163,12 +167,12 @@ class _Call:
         elif path == _SERVICES:
             self._require_method(method, "GET")
             await self._answer(
-                200, {"services": [to_json(service) for service in self._proxy.services()]}
+                200, {"services": [to_json(service) for service in self._services.describe()]}
             )
         elif path.startswith(_SERVICES + "/") and (name := unquote(path[len(_SERVICES) + 1 :])):
             self._require_method(method, "PUT", "DELETE")
             if method == "DELETE":
-                await self._proxy.remove(name)
+                await self._services.remove(name)
                 await self._send_response(204, [], b"")
             else:
                 await self._deploy(name, _parse(body))
@@ -190,10 +194,9 @@ class _Call:
         send_channel, receive_channel = trio.open_memory_channel[Event](_MAX_EVENTS)
 
         def progress(event: Event) -> None:
-            try:
+            # The report is a courtesy: nobody may read it, or not fast enough.
+            with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
                 send_channel.send_nowait(event)
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                pass  # the report is a courtesy: nobody reads it, or not fast enough
 
         self._operations.start_soon(self._run_deploy, options, progress, send_channel)
         with receive_channel:
@@ -217,7 +220,7 @@ class _Call:
     ) -> None:
         with channel:
             try:
-                await self._proxy.deploy(options, progress)
+                await self._services.deploy(options, progress)
             except KamalProxyError as error:
                 progress(_failed_event(error))
             except trio.Cancelled:

@@ -8,12 +8,14 @@ no target ever sees a client's own framing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import h11
 
 from kamal_proxy._fastpath import scan_head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Trailers are merged into the header by many servers; these may only come in the head itself
 # (RFC 9110 6.5.1).

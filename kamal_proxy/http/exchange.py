@@ -287,7 +287,9 @@ class Exchange:
             broken = True  # but it may have answered before it closed
         if complete or broken:
             return await self._download(upstream)
-        return await self._relay_both_ways(upstream, service.target_options.response_timeout or math.inf)
+        return await self._relay_both_ways(
+            upstream, service.target_options.response_timeout or math.inf
+        )
 
     def _body_nowait(self, upstream: UpstreamConnection) -> bytes:
         framed = b"".join(self._parsed_body(upstream))

@@ -6,10 +6,13 @@ RFC 9110 7.6 says what an intermediary must drop; ``docs/http.md`` lists what th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from kamal_proxy.http.codec import CHUNKED, HeaderPairs, ProtocolError, RequestHead, ResponseHead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # RFC 9110 7.6.1, and the two that only concern the proxy itself.
 _HOP_BY_HOP = frozenset(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
 import trio
 
-from kamal_proxy.deployment import Target
 from kamal_proxy.durations import format_duration
 from kamal_proxy.health import ProbeResult
 from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.upstream import ConnectError, UpstreamPool
-from kamal_proxy.options import HealthCheckOptions
-from kamal_proxy.sockets import Poller
+
+if TYPE_CHECKING:
+    from kamal_proxy.deployment import Target
+    from kamal_proxy.options import HealthCheckOptions
+    from kamal_proxy.sockets import Poller
 
 USER_AGENT = b"kamal-proxy"
 MAX_REDIRECTS = 10
@@ -30,16 +34,12 @@ class HttpProbe:
         """Probe a target once; takes no longer than ``options.timeout`` and never raises."""
         path = options.path if options.path.startswith("/") else "/" + options.path
         url = f"http://{target.host}:{options.port or target.port}{path}"
-        host = options.host or (
-            f"{target.host}:{options.port}" if options.port else target.name
-        )
+        host = options.host or (f"{target.host}:{options.port}" if options.port else target.name)
         reason = ""
         with trio.move_on_after(options.timeout) as scope:
             ok, reason = await self._follow(url, host)
         if scope.cancelled_caught:
-            return ProbeResult(
-                False, f"no answer within {format_duration(options.timeout)}", url
-            )
+            return ProbeResult(False, f"no answer within {format_duration(options.timeout)}", url)
         return ProbeResult(ok, reason, url)
 
     async def _follow(self, url: str, host: str) -> tuple[bool, str]:
@@ -86,11 +86,9 @@ class HttpProbe:
                     (b"Connection", b"close"),
                 ],
             )
-            try:
+            # It may have answered and closed without reading.
+            with contextlib.suppress(trio.BrokenResourceError):
                 await connection.stream.send(request + connection.codec.end())
-            except trio.BrokenResourceError:
-                # It may have answered and closed without reading.
-                pass
             while True:
                 head = connection.codec.next_response()
                 if head is not None and head.status >= 200:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Callable
 from email.utils import formatdate
+from typing import TYPE_CHECKING
 
 import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.http.connection import ClientConnection
 from kamal_proxy.http.exchange import Cause
-from kamal_proxy.logs import Log
-from kamal_proxy.options import RunOptions
-from kamal_proxy.router import RoutingTable
-from kamal_proxy.sockets import Address, Poller, SocketStream
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from kamal_proxy.logs import Log
+    from kamal_proxy.options import RunOptions
+    from kamal_proxy.router import RoutingTable
+    from kamal_proxy.sockets import Address, Poller, SocketStream
 
 
 class HttpServer:
@@ -69,7 +73,7 @@ class HttpServer:
             if self.closing:
                 return
             await connection.run()
-        except Exception as error:  # noqa: BLE001  # a bug must cost one connection, not the proxy
+        except Exception as error:  # a bug must cost one connection, not the proxy
             self.log.error("Connection failed", client_addr=address[0], error=repr(error))
         finally:
             self._connections.discard(connection)
@@ -94,9 +98,7 @@ class HttpServer:
         for connection in self._connections:
             connection.cancel(Cause.SHUTDOWN)
 
-    async def accept(
-        self, listener: socket.socket, poller: Poller, nursery: trio.Nursery
-    ) -> None:
+    async def accept(self, listener: socket.socket, poller: Poller, nursery: trio.Nursery) -> None:
         """Accept connections into ``nursery`` until cancelled."""
 
         def paused(error: OSError) -> None:

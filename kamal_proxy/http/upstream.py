@@ -10,12 +10,15 @@ import errno
 import os
 import socket
 from collections import deque
+from typing import TYPE_CHECKING
 
 import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.http.codec import ClientCodec
-from kamal_proxy.sockets import Poller, SocketStream
+
+if TYPE_CHECKING:
+    from kamal_proxy.sockets import Poller, SocketStream
 
 MAX_IDLE = 100  # connections per target
 MAX_IDLE_AGE = 30.0  # seconds; application servers commonly close theirs after 5 to 75

@@ -1,0 +1,240 @@
+"""``kamal-proxy deploy``: the flags of a deploy, and how they become ``DeployOptions``.
+
+Only rules that ask whether a flag was *given* are here; rules about values are in ``options``.
+"""
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from kamal_proxy.cli.arguments import Bool, Duration, Int, Strings, Text
+from kamal_proxy.cli.output import Progress
+from kamal_proxy.errors import UsageError
+from kamal_proxy.options import (
+    DeploymentOptions,
+    DeployOptions,
+    HealthCheckOptions,
+    ServiceOptions,
+    TargetOptions,
+    default_data_directory,
+)
+
+ACME_STAGING_DIRECTORY = "https://acme-staging-v02.api.letsencrypt.org/directory"
+
+_SERVICE = ServiceOptions()
+_TARGET = TargetOptions()
+_HEALTH = HealthCheckOptions()
+_DEPLOYMENT = DeploymentOptions()
+
+
+def deploy(
+    service: str,
+    /,
+    *,
+    target: Annotated[
+        Strings | None,
+        Parameter(help="Where the service runs, as host or host:port (required; repeatable)"),
+    ] = None,
+    read_target: Annotated[
+        Strings, Parameter(help="Where read-only requests may go, as host:port (repeatable)")
+    ] = (),
+    host: Annotated[
+        Strings,
+        Parameter(
+            help="Host name to serve, or *.name for its subdomains; all if none (repeatable)"
+        ),
+    ] = (),
+    path_prefix: Annotated[
+        Strings, Parameter(help="Path under which to serve; all if none (repeatable)")
+    ] = (),
+    strip_path_prefix: Annotated[
+        Bool, Parameter(help="Remove the path prefix before the request goes to the target")
+    ] = _SERVICE.strip_prefix,
+    tls: Annotated[
+        Bool, Parameter(help="Serve over HTTPS, with certificates made on demand (needs --host)")
+    ] = _SERVICE.tls_enabled,
+    tls_on_demand_url: Annotated[
+        Text, Parameter(help="URL or path that is asked whether a host may have a certificate")
+    ] = _SERVICE.tls_on_demand_url,
+    tls_staging: Annotated[
+        Bool, Parameter(help="Get certificates from Let's Encrypt's staging environment")
+    ] = False,
+    tls_certificate_path: Annotated[
+        Text | None, Parameter(help="File with your own certificate chain (PEM)")
+    ] = None,
+    tls_private_key_path: Annotated[
+        Text | None, Parameter(help="File with the private key of your own certificate (PEM)")
+    ] = None,
+    tls_acme_cache_path: Annotated[
+        Text | None,
+        Parameter(
+            help="Directory for certificates that were made on demand (default: in the "
+            "data directory)"
+        ),
+    ] = None,
+    tls_redirect: Annotated[
+        Bool, Parameter(help="Redirect HTTP requests of a TLS service to HTTPS")
+    ] = _SERVICE.tls_redirect,
+    canonical_host: Annotated[
+        Text, Parameter(help="Redirect requests for any other host to this one")
+    ] = _SERVICE.canonical_host,
+    deploy_timeout: Annotated[
+        Duration, Parameter(help="How long the new targets may take to become healthy")
+    ] = _DEPLOYMENT.deploy_timeout,
+    drain_timeout: Annotated[
+        Duration, Parameter(help="How long requests on the old targets may take to finish")
+    ] = _DEPLOYMENT.drain_timeout,
+    force: Annotated[
+        Bool, Parameter(help="Switch at once, without waiting for the targets to be healthy")
+    ] = _DEPLOYMENT.force,
+    health_check_interval: Annotated[
+        Duration, Parameter(help="Time between two health checks of a target")
+    ] = _HEALTH.interval,
+    health_check_timeout: Annotated[
+        Duration, Parameter(help="Time in which each health check must finish")
+    ] = _HEALTH.timeout,
+    health_check_path: Annotated[
+        Text, Parameter(help="Path to request; any 2xx answer means healthy")
+    ] = _HEALTH.path,
+    health_check_port: Annotated[
+        Int, Parameter(help="Port to check; 0 means the target's own port")
+    ] = _HEALTH.port,
+    health_check_host: Annotated[
+        Text, Parameter(help="Host header of health checks; the target's host if not given")
+    ] = _HEALTH.host,
+    writer_affinity_timeout: Annotated[
+        Duration, Parameter(help="How long a client that wrote keeps off the read targets")
+    ] = _SERVICE.writer_affinity_timeout,
+    read_target_websockets: Annotated[
+        Bool, Parameter(help="Let WebSockets go to read targets")
+    ] = _SERVICE.read_targets_accept_websockets,
+    target_timeout: Annotated[
+        Duration, Parameter(help="How long a target may take to begin its response")
+    ] = _TARGET.response_timeout,
+    buffer_requests: Annotated[
+        Bool | None, Parameter(help="Read a whole request before it goes to the target")
+    ] = None,
+    buffer_responses: Annotated[
+        Bool | None, Parameter(help="Read a whole response before it goes to the client")
+    ] = None,
+    buffer_memory: Annotated[
+        Int, Parameter(help="Bytes of a buffered body kept in memory; the rest goes to disk")
+    ] = _TARGET.max_memory_buffer_size,
+    max_request_body: Annotated[
+        Int | None,
+        Parameter(help="Largest request body in bytes, 0 for no limit; with --buffer-requests"),
+    ] = None,
+    max_response_body: Annotated[
+        Int | None,
+        Parameter(help="Largest response body in bytes, 0 for no limit; with --buffer-responses"),
+    ] = None,
+    error_pages: Annotated[
+        Text, Parameter(help="Directory with your own error pages, such as 503.html")
+    ] = _SERVICE.error_page_path,
+    log_request_header: Annotated[
+        Strings, Parameter(help="Request header to add to the log (repeatable)")
+    ] = (),
+    log_response_header: Annotated[
+        Strings, Parameter(help="Response header to add to the log (repeatable)")
+    ] = (),
+    exclude_metrics_path: Annotated[
+        Strings, Parameter(help="Path to leave out of the metrics (repeatable)")
+    ] = (),
+    forward_headers: Annotated[
+        Bool | None,
+        Parameter(
+            help="Believe X-Forwarded-* headers of clients; if not given, only without --tls"
+        ),
+    ] = None,
+    client_ip_header: Annotated[
+        Text, Parameter(help="Request header that holds the client's address")
+    ] = _SERVICE.client_ip_header,
+    scope_cookie_paths: Annotated[
+        Bool, Parameter(help="Put the path prefix in front of the paths of cookies")
+    ] = _TARGET.scope_cookie_paths,
+) -> None:
+    """Deploy a service, or a new version of one, without losing a request.
+
+    Waits until every target is healthy, sends new requests there, lets the requests on the old
+    targets finish, and returns. If that fails, nothing has changed. Options are not remembered
+    from one deploy to the next. A repeatable flag also takes several values at once, separated by
+    commas.
+    """
+    if max_request_body is not None and buffer_requests is None:
+        raise UsageError("max-request-body can only be set when request buffering is enabled")
+    if max_response_body is not None and buffer_responses is None:
+        raise UsageError("max-response-body can only be set when response buffering is enabled")
+    service_options = ServiceOptions(
+        hosts=host,
+        path_prefixes=path_prefix,
+        strip_prefix=strip_path_prefix,
+        tls_enabled=tls,
+        tls_certificate_path=tls_certificate_path or "",
+        tls_private_key_path=tls_private_key_path or "",
+        tls_on_demand_url=tls_on_demand_url,
+        tls_redirect=tls_redirect,
+        canonical_host=canonical_host,
+        acme_directory=ACME_STAGING_DIRECTORY if tls_staging else _SERVICE.acme_directory,
+        acme_cache_path=_cache_path() if tls_acme_cache_path is None else tls_acme_cache_path,
+        error_page_path=error_pages,
+        writer_affinity_timeout=writer_affinity_timeout,
+        read_targets_accept_websockets=read_target_websockets,
+        exclude_metrics_paths=exclude_metrics_path,
+        client_ip_header=client_ip_header,
+    )
+    service_options.validate()  # the original tells these errors before the next two
+    if target is None:
+        raise UsageError('required flag(s) "target" not set')
+    _require_together(
+        {
+            "tls-certificate-path": tls_certificate_path is not None,
+            "tls-private-key-path": tls_private_key_path is not None,
+        }
+    )
+    options = DeployOptions(
+        service=service,
+        targets=target,
+        read_targets=read_target,
+        service_options=service_options,
+        target_options=TargetOptions(
+            health_check=HealthCheckOptions(
+                path=health_check_path,
+                port=health_check_port,
+                interval=health_check_interval,
+                timeout=health_check_timeout,
+                host=health_check_host,
+            ),
+            response_timeout=target_timeout,
+            buffer_requests=bool(buffer_requests),
+            buffer_responses=bool(buffer_responses),
+            max_memory_buffer_size=buffer_memory,
+            max_request_body_size=max_request_body or 0,
+            max_response_body_size=max_response_body or 0,
+            log_request_headers=log_request_header,
+            log_response_headers=log_response_header,
+            forward_headers=forward_headers,
+            scope_cookie_paths=scope_cookie_paths,
+        ),
+        deployment_options=DeploymentOptions(
+            deploy_timeout=deploy_timeout, drain_timeout=drain_timeout, force=force
+        ),
+    )
+    options.validate()
+    from kamal_proxy.control.client import ControlClient
+
+    with Progress(sys.stderr) as progress:
+        ControlClient().deploy(options, progress.show)
+
+
+def _cache_path() -> str:
+    return str(default_data_directory() / "certs")
+
+
+def _require_together(given: dict[str, bool]) -> None:
+    missing = [name for name, is_given in given.items() if not is_given]
+    if missing and len(missing) < len(given):
+        raise UsageError(
+            f"if any flags in the group [{' '.join(given)}] are set they must all be set; "
+            f"missing [{' '.join(missing)}]"
+        )

@@ -1,0 +1,238 @@
+"""The blocking client of the admin API, for the command line. Must not import the server side.
+
+A proxy that is just starting is waited for. Whatever answers on the socket, a call ends in a
+result or in a KamalProxyError with one sentence; what is read is bounded.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+from kamal_proxy.control.messages import (
+    API_PREFIX,
+    EVENT_STREAM,
+    Event,
+    ServiceDescription,
+    from_json,
+    to_json,
+)
+from kamal_proxy.errors import (
+    ControlSocketError,
+    InvalidOptionsError,
+    KamalProxyError,
+    ServiceNotFoundError,
+)
+from kamal_proxy.options import DeployOptions, default_socket_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+START_WAIT = 3.0  # seconds that a proxy may take to open its socket
+POLL_INTERVAL = 0.05
+REPLY_TIMEOUT = 60.0  # seconds without a byte, for calls that do not wait for targets
+MAX_BODY = 16 * 1024 * 1024
+MAX_EVENT = 1024 * 1024
+
+T = TypeVar("T")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection over a Unix socket."""
+
+    def __init__(self, path: Path, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class ControlClient:
+    """Calls the proxy that listens on one Unix socket.
+
+    Args:
+        path: The socket; by default where the environment says.
+        start_wait: Seconds to wait for a socket that is missing or refuses; START_WAIT by default.
+    """
+
+    def __init__(self, path: Path | None = None, start_wait: float | None = None) -> None:
+        self._path = default_socket_path() if path is None else path
+        self._start_wait = START_WAIT if start_wait is None else start_wait
+
+    def services(self) -> list[ServiceDescription]:
+        """Return the proxy's services.
+
+        Raises:
+            KamalProxyError: the proxy can't be reached or answers nonsense.
+        """
+        with self._call("GET", "/services") as response:
+            body = _read_json(response)
+        if not isinstance(body, dict) or not isinstance(body.get("services"), list):
+            raise _malformed("the list of services is missing")
+        return [_decode(ServiceDescription, item) for item in body["services"]]
+
+    def remove(self, name: str) -> None:
+        """Remove a service.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            KamalProxyError: the proxy can't be reached or refuses.
+        """
+        if not name:
+            raise ServiceNotFoundError("service not found")
+        with self._call("DELETE", _service_path(name)):
+            pass
+
+    def deploy(self, options: DeployOptions, on_event: Callable[[Event], None]) -> Event:
+        """Deploy a service and wait for the end.
+
+        Args:
+            options: What to deploy.
+            on_event: Called with each event but a failure, as it happens.
+
+        Returns:
+            The last event, which says how the drain went.
+
+        Raises:
+            KamalProxyError: the deploy failed; the proxy's own sentence and details.
+            ControlSocketError: the proxy can't be reached, or ended in the middle.
+        """
+        body = to_json(options)
+        del body["service"]
+        # No time limit: deploys of one service wait for each other, each for targets and drain.
+        with self._call("PUT", _service_path(options.service), body, timeout=None) as response:
+            if response.headers.get_content_type() != EVENT_STREAM:
+                raise _malformed("no stream of events")
+            while True:
+                event = _read_event(response)
+                if event.event == "failed":
+                    raise _error(event.code, event.message, event.details)
+                on_event(event)
+                if event.event == "done":
+                    return event
+
+    @contextmanager
+    def _call(
+        self, method: str, path: str, body: object = None, *, timeout: float | None = REPLY_TIMEOUT
+    ) -> Iterator[http.client.HTTPResponse]:
+        connection = self._connect(timeout)
+        try:
+            with _io_errors():
+                data = None if body is None else json.dumps(body).encode()
+                headers = {} if data is None else {"Content-Type": "application/json"}
+                connection.request(method, API_PREFIX + path, data, headers)
+                response = connection.getresponse()
+            with response:
+                if not 200 <= response.status < 300:
+                    raise _refusal(response)
+                yield response
+        finally:
+            connection.close()
+
+    def _connect(self, timeout: float | None) -> _UnixConnection:
+        deadline = time.monotonic() + self._start_wait
+        while True:
+            connection = _UnixConnection(self._path, timeout)
+            try:
+                connection.connect()
+            except OSError as error:
+                connection.close()
+                passing = (FileNotFoundError, ConnectionRefusedError, BlockingIOError)
+                if not isinstance(error, passing) or time.monotonic() >= deadline:
+                    # A path that is too long has no errno; the original calls it invalid.
+                    reason = os.strerror(error.errno).lower() if error.errno else "invalid argument"
+                    raise ControlSocketError(f"dial unix {self._path}: connect: {reason}") from None
+            else:
+                return connection
+            time.sleep(POLL_INTERVAL)
+
+
+@contextmanager
+def _io_errors() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise ControlSocketError(
+            f"the proxy did not answer within {REPLY_TIMEOUT:.0f} seconds"
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise ControlSocketError(
+            f"the proxy ended the connection before its answer was complete ({reason})"
+        ) from error
+
+
+def _service_path(name: str) -> str:
+    return "/services/" + quote(name, safe="", errors="surrogateescape")
+
+
+def _read_json(response: http.client.HTTPResponse) -> Any:
+    with _io_errors():
+        body = response.read(MAX_BODY + 1)
+    if len(body) > MAX_BODY:
+        raise _malformed(f"more than {MAX_BODY} bytes")
+    return _loads(body)
+
+
+def _read_event(response: http.client.HTTPResponse) -> Event:
+    with _io_errors():
+        line = response.readline(MAX_EVENT + 1)
+    if len(line) > MAX_EVENT:
+        raise _malformed(f"an event of more than {MAX_EVENT} bytes")
+    if not line.endswith(b"\n"):
+        raise ControlSocketError(
+            "the proxy ended the connection before the deploy was complete; it may have stopped"
+        )
+    return _decode(Event, _loads(line))
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _malformed("not JSON") from None
+
+
+def _decode(cls: type[T], data: object) -> T:
+    try:
+        return from_json(cls, data)
+    except InvalidOptionsError as error:
+        raise _malformed(str(error)) from None
+
+
+def _malformed(why: str) -> ControlSocketError:
+    return ControlSocketError(f"the proxy's answer makes no sense: {why}")
+
+
+def _refusal(response: http.client.HTTPResponse) -> KamalProxyError:
+    """Return the error that an answer outside 2xx stands for."""
+    try:
+        body = _read_json(response)
+        error = body["error"]
+        code, message, details = error["code"], error["message"], error.get("details", [])
+        known = isinstance(code, str) and isinstance(message, str) and isinstance(details, list)
+    except (ControlSocketError, LookupError, TypeError, AttributeError):
+        known = False
+    if not known:
+        return _malformed(f"status {response.status} without a reason")
+    return _error(code, message, tuple(map(str, details)))
+
+
+def _error(code: str, message: str, details: tuple[str, ...]) -> KamalProxyError:
+    """Return the error with that code; one that this version does not know is a plain one."""
+    classes = [KamalProxyError]
+    for cls in classes:
+        if cls.code == code:
+            return cls(message, details)
+        classes.extend(cls.__subclasses__())
+    return KamalProxyError(message, details)

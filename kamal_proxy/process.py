@@ -1,0 +1,67 @@
+"""A proxy as a process: signals, file descriptors, log lines on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy.errors import KamalProxyError
+from kamal_proxy.logs import LineWriter
+from kamal_proxy.proxy import Proxy
+
+if TYPE_CHECKING:
+    from kamal_proxy.options import RunOptions
+
+
+def serve(options: RunOptions) -> None:
+    """Run a proxy that logs to standard output until SIGTERM or SIGINT, then shut it down.
+
+    A second signal ends it at once.
+
+    Raises:
+        KamalProxyError: it can't start.
+    """
+    options.validate()
+    _raise_descriptor_limit()
+    writer = LineWriter(1)
+    try:
+        trio.run(_serve_until_signal, options, writer)
+    except BaseExceptionGroup as group:
+        told = group.subgroup(KamalProxyError)
+        if told is None or told.exceptions != group.exceptions:
+            raise
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    finally:
+        writer.close()
+
+
+async def _serve_until_signal(options: RunOptions, writer: LineWriter) -> None:
+    proxy = Proxy(options, log=writer.write)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch_signals() -> None:
+                async for _ in signals:
+                    if proxy.stopping:
+                        nursery.cancel_scope.cancel(reason="a second signal")
+                    proxy.stop()
+
+            nursery.start_soon(watch_signals)
+            nursery.start_soon(writer.run)
+            await proxy.run()
+            nursery.cancel_scope.cancel(reason="the proxy has stopped")
+
+
+def _raise_descriptor_limit() -> None:
+    """Use all file descriptors that the process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # the soft limit serves as well, with less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
