@@ -131,31 +131,28 @@ class Proxy:
         http = self._http = HttpServer(
             options, lambda: services.routes, self._log, listener.getsockname()[1]
         )
-        async with (
-            trio.open_nursery() as control_connections,
-            trio.open_nursery() as operations,
-            trio.open_nursery() as clients,
-        ):
-            async with trio.open_nursery() as acceptors:
-                acceptors.start_soon(http.accept, listener, poller, clients)
-                if control is not None:
-                    server = ControlServer(services, operations, self._log)
-                    acceptors.start_soon(
-                        self._accept_control, server, control, poller, control_connections
-                    )
-                self._log_started(http)
-                task_status.started(self)
-                await self._stop.wait()
-                acceptors.cancel_scope.cancel(reason="the proxy stops")
-            services.stop()
-            listener.close()
-            operations.cancel_scope.cancel(reason="the proxy stops")
-            control_connections.cancel_scope.deadline = trio.current_time() + _ABORT_TIME
-            http.close_idle()
-            clients.cancel_scope.deadline = trio.current_time() + options.shutdown_timeout
-            with trio.move_on_after(max(0, options.shutdown_timeout - _ABORT_TIME)):
+        # Each nursery's deadline also holds for those inside it, hence this order.
+        async with trio.open_nursery() as clients:
+            async with trio.open_nursery() as callers, trio.open_nursery() as operations:
+                async with trio.open_nursery() as acceptors:
+                    acceptors.start_soon(http.accept, listener, poller, clients)
+                    if control is not None:
+                        server = ControlServer(services, operations, self._log)
+                        acceptors.start_soon(self._accept_control, server, control, poller, callers)
+                    self._log_started(http)
+                    task_status.started(self)
+                    await self._stop.wait()
+                    acceptors.cancel_scope.cancel(reason="the proxy stops")
+                deadline = trio.current_time() + options.shutdown_timeout
+                listener.close()
+                services.stop()
+                operations.cancel_scope.cancel(reason="the proxy stops")
+                callers.cancel_scope.deadline = trio.current_time() + _ABORT_TIME
+                http.close_idle()
+            with trio.move_on_at(deadline - _ABORT_TIME):
                 await http.wait_closed()
             http.abort()
+            clients.cancel_scope.deadline = deadline
 
     def _log_started(self, http: HttpServer) -> None:
         if self.options.https_port != RunOptions().https_port:
