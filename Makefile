@@ -1,0 +1,73 @@
+# Build, demonstrate, test and measure kamal_proxy. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := $(VENV)/.built
+PRIVATE := .demo
+
+HTTP_PORT ?= 8080
+SWITCHES ?= 5
+RATE ?= 200
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+BENCH_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo run test lint format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+build: $(BUILT) ## make .venv with the package, its command and the development tools
+	@echo '$(BIN)/kamal-proxy is built'
+
+demo: $(BUILT) ## redeploy an application under load and measure it (SWITCHES=5 RATE=200)
+	@$(BIN)/python -m example.demo --switches $(SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
+
+run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080)
+	@mkdir -p $(PRIVATE)
+	@printf '%s\n' \
+	  'The proxy will listen on http://127.0.0.1:$(HTTP_PORT); Ctrl-C stops it. In another terminal:' \
+	  '' \
+	  '  cd $(CURDIR)' \
+	  '  export KAMAL_PROXY_SOCKET=$(CURDIR)/$(PRIVATE)/kamal-proxy.sock' \
+	  '  $(BIN)/python example/webapp.py --port 3001 --version v1 &' \
+	  '  $(BIN)/kamal-proxy deploy web --target=127.0.0.1:3001' \
+	  '  curl http://127.0.0.1:$(HTTP_PORT)/' \
+	  '  $(BIN)/kamal-proxy list' \
+	  ''
+	@exec env HOME='$(CURDIR)/$(PRIVATE)' KAMAL_PROXY_SOCKET='$(CURDIR)/$(PRIVATE)/kamal-proxy.sock' \
+	  $(BIN)/kamal-proxy run --http-port $(HTTP_PORT)
+
+test: $(BUILT) ## run the tests (TEST_FLAGS="-k name")
+	@$(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: $(BUILT) ## check style, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(BUILT) ## format the code
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+bench: $(BUILT) ## measure CPU per request and memory beside nginx (BENCH_FLAGS=--smoke)
+	@$(BIN)/python -m benchmarks.http_cpu $(BENCH_FLAGS)
+
+clean: ## remove everything that was built, and the state that make run kept
+	@rm -rf $(VENV) $(PRIVATE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -f kamal_proxy/*.so kamal_proxy/_fastpath.c
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BUILT): pyproject.toml $(wildcard kamal_proxy/*.pyx)
+	@.ci/check-tools '$(PYTHON)'
+	@echo 'Building $(VENV), which takes about a minute the first time ...'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@if ! $(BIN)/python -m pip install --editable '.[dev]' >$(VENV)/build.log 2>&1; then \
+	  cat $(VENV)/build.log; \
+	  echo 'Error: the build failed, see above' >&2; \
+	  exit 1; \
+	fi
+	@touch $@

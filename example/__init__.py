@@ -1,0 +1,1 @@
+"""An example web application and the demonstration that redeploys it under load."""

@@ -1,0 +1,163 @@
+"""Steady keep-alive load on a proxy, and a record of every request: the demo's measuring tool.
+
+Runs as a process of its own, so that nothing else slows its clock. Writes one JSON line per
+request to standard output and ends when standard input does. Uses the standard library's HTTP
+client, which shares no code with the proxy. Nothing is retried: what a client would notice is
+a failure.
+
+    python3 example/load.py --port 8080 --seconds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import queue
+import random
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+TIMEOUT = 10.0
+
+
+class Request(NamedTuple):
+    """What one request did.
+
+    Attributes:
+        began: When it was sent, seconds of the machine's monotonic clock.
+        ended: When its answer was complete or had failed, on the same clock.
+        slow: Whether the application was asked to take its time.
+        instance: Who answered, from the body; empty after a failure.
+        error: What went wrong; empty if nothing did.
+        connection: Which TCP connection carried it: ``client.how-many-th``.
+    """
+
+    began: float
+    ended: float
+    slow: bool
+    instance: str
+    error: str
+    connection: str
+
+
+class Connection(http.client.HTTPConnection):
+    """A keep-alive connection that counts how often it had to be opened."""
+
+    opened = 0
+
+    def connect(self) -> None:
+        """Open it; the client does so by itself when it finds it closed."""
+        self.opened += 1
+        super().connect()
+
+
+class Client:
+    """One client with one connection, opened again after a failure."""
+
+    def __init__(self, port: int, name: str) -> None:
+        self._http = Connection("127.0.0.1", port, timeout=TIMEOUT)
+        self._name = name
+
+    def get(self, path: str, *, slow: bool = False) -> Request:
+        """Send one request and wait for its whole answer."""
+        instance = error = ""
+        began = time.monotonic()
+        try:
+            self._http.request("GET", path)
+            response = self._http.getresponse()
+            body = response.read()
+            if response.status == http.client.OK:
+                instance = instance_in(body)
+            else:
+                error = f"status {response.status}"
+        except (OSError, http.client.HTTPException, ValueError) as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        ended = time.monotonic()
+        if error:
+            self._http.close()
+        connection = f"{self._name}.{self._http.opened}"
+        return Request(began, ended, slow, instance, error, connection)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+
+def instance_in(body: bytes) -> str:
+    """Return the instance that a body names.
+
+    Raises:
+        ValueError: the body is not an answer of the example application.
+    """
+    answer = json.loads(body)
+    instance = answer.get("instance") if isinstance(answer, dict) else None
+    if not instance:
+        raise ValueError("the body names no instance")
+    return str(instance)
+
+
+def steady(client: Client, interval: float, done: threading.Event, out: queue.Queue[str]) -> None:
+    """Send a small request every ``interval`` seconds; a late one delays the rest, no bursts."""
+    due = time.monotonic() + random.random() * interval
+    while not done.wait(max(0.0, due - time.monotonic())):
+        out.put(json.dumps(client.get("/")))
+        due = max(due + interval, time.monotonic())
+    client.close()
+
+
+def slow(client: Client, longest: float, done: threading.Event, out: queue.Queue[str]) -> None:
+    """Keep one slow request in flight; they end at different times on different connections."""
+    while not done.is_set():
+        milliseconds = int(1000 * longest * random.uniform(0.5, 1.0))
+        record = client.get(f"/slow?ms={milliseconds}", slow=True)
+        out.put(json.dumps(record))
+        if record.error:
+            done.wait(0.1)
+    client.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Steady keep-alive load with a record of it.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=200.0, help="requests a second, in all")
+    parser.add_argument("--slow-connections", type=int, default=2)
+    parser.add_argument("--slow-seconds", type=float, default=1.5, help="longest slow request")
+    parser.add_argument("--seconds", type=float, help="stop by itself after so long")
+    options = parser.parse_args(argv)
+
+    done = threading.Event()
+    out: queue.Queue[str] = queue.Queue()
+    interval = options.connections / options.rate
+    clients = [Client(options.port, f"client{n}") for n in range(options.connections)]
+    patient = [Client(options.port, f"slow{n}") for n in range(options.slow_connections)]
+    threads = [
+        *(threading.Thread(target=steady, args=(c, interval, done, out)) for c in clients),
+        *(
+            threading.Thread(target=slow, args=(c, options.slow_seconds, done, out))
+            for c in patient
+        ),
+    ]
+    for thread in threads:
+        thread.start()
+
+    def stop() -> None:
+        if options.seconds is None:
+            sys.stdin.buffer.read()
+        else:
+            time.sleep(options.seconds)
+        done.set()
+        for thread in threads:
+            thread.join()
+        out.put("")
+
+    threading.Thread(target=stop).start()
+    while line := out.get():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
