@@ -28,7 +28,7 @@ _TERM = re.compile(r"(?P<number>[0-9]*\.?[0-9]*)(?P<unit>[^0-9.]*)")
 
 
 def _quoted(text: str) -> str:
-    """Quote ``text`` as Go's time package does: bytes that are not plain ASCII as ``\\xNN``."""
+    r"""Quote ``text`` as Go's time package does: bytes that are not plain ASCII as ``\xNN``."""
     return '"' + "".join(map(_quoted_byte, text.encode("utf-8", "surrogateescape"))) + '"'
 
 

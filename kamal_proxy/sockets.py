@@ -13,6 +13,7 @@ wakes the waiter, and an edge before it is seen by the next attempt.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
@@ -42,6 +43,7 @@ _READABLE = select.EPOLLIN | _HUNG_UP
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
 # accept() can fail for want of these; the connection waits in the backlog meanwhile.
+_TELL_INTERVAL = 10.0  # seconds
 _CAPACITY_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 # accept() reports errors of the connection it would have returned (accept(2)).
 _ACCEPT_AGAIN_ERRNOS = {
@@ -252,8 +254,16 @@ class SocketStream:
             raise trio.BrokenResourceError(str(error)) from error
 
     def connect_error_nowait(self) -> int:
-        """Return the errno of a finished connect(), 0 for success."""
-        return self._socket().getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        """Return the errno of a connect(), 0 for success, EINPROGRESS while it goes on."""
+        sock = self._socket()
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code:
+            # The wake-up may have been meant for an earlier socket with this descriptor.
+            try:
+                sock.getpeername()
+            except OSError as error:
+                return errno.EINPROGRESS if error.errno == errno.ENOTCONN else error.errno or 0
+        return code
 
     def close(self) -> None:
         """Close at once, waking any task that waits. Closing again does nothing."""
@@ -331,7 +341,7 @@ async def connect(
         raise
     try:
         code = sock.connect_ex(address)
-        if code in (errno.EINPROGRESS, errno.EAGAIN):
+        while code in (errno.EINPROGRESS, errno.EAGAIN):
             await stream.wait_writable()
             code = stream.connect_error_nowait()
         if code:
@@ -464,7 +474,8 @@ async def accept(
             stream is closed after it.
         nursery: Where the connections live.
         limiter: Acquired for each connection, released when it ends.
-        on_error: Told why accepting pauses (out of descriptors, of memory).
+        on_error: Told why accepting pauses (out of descriptors, of memory), but not more often
+            than every few seconds.
     """
 
     async def serve(stream: SocketStream, address: Address) -> None:
@@ -474,10 +485,18 @@ async def accept(
             stream.close()
             limiter.release()
 
+    told = -math.inf
+
+    def paused(error: OSError) -> None:
+        nonlocal told
+        if trio.current_time() - told > _TELL_INTERVAL:
+            told = trio.current_time()
+            on_error(error)
+
     while True:
         await limiter.acquire()
         try:
-            sock, address = await _accept_one(listener, on_error)
+            sock, address = await _accept_one(listener, paused)
         except BaseException:
             limiter.release()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kamal_proxy.options import RunOptions
     from kamal_proxy.router import RoutingTable
     from kamal_proxy.sockets import Address, Poller, SocketStream
+
+_RESERVED_DESCRIPTORS = 100  # for listeners, probes, the admin API, the saved state
 
 
 class HttpServer:
@@ -98,6 +101,20 @@ class HttpServer:
         for connection in self._connections:
             connection.cancel(Cause.SHUTDOWN)
 
+    def _connection_limit(self) -> int:
+        """Return how many clients may be connected: each may need a descriptor for its target."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = self.options.max_connections
+        possible = max(1, (descriptors - _RESERVED_DESCRIPTORS) // 2)
+        if possible < wanted:
+            self.log.warning(
+                "Fewer client connections than configured: raise the limit of open files",
+                max_connections=wanted,
+                possible=possible,
+                open_files=descriptors,
+            )
+        return min(wanted, possible)
+
     async def accept(self, listener: socket.socket, poller: Poller, nursery: trio.Nursery) -> None:
         """Accept connections into ``nursery`` until cancelled."""
 
@@ -109,6 +126,6 @@ class HttpServer:
             poller,
             self.handle,
             nursery=nursery,
-            limiter=trio.Semaphore(self.options.max_connections),
+            limiter=trio.Semaphore(self._connection_limit()),
             on_error=paused,
         )
