@@ -29,7 +29,6 @@ _HOST = re.compile(
     r"(?:\*\.)?[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*\.?",
     re.IGNORECASE,
 )
-_IPV6_HOST = re.compile(r"\[?[0-9a-f:.]*:[0-9a-f:.]*\]?", re.IGNORECASE)
 _PATH = re.compile(r"/[^\x00-\x20\x7f?#]*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_HOST = re.compile(r"[^\x00-\x20\x7f/?#@]+")
@@ -213,10 +212,10 @@ class ServiceOptions:
                 )
         elif not self.hosts:
             raise refuse("host must be set when using TLS")
-        elif not own_certificate and any("*" in host for host in self.hosts):
-            raise InvalidOptionsError("automatic TLS does not support wildcards")
         if "/" not in self.path_prefixes:
             raise refuse("TLS settings must be specified on the root path service")
+        if not own_certificate and any("*" in host for host in self.hosts):
+            raise InvalidOptionsError("automatic TLS does not support wildcards")
 
 
 @attrs.frozen(kw_only=True)
@@ -420,7 +419,7 @@ def _require_host(host: str) -> None:
         raise InvalidOptionsError(
             "host '*' is not a host name; leave --host out to serve all hosts"
         )
-    if _IPV6_HOST.fullmatch(host):
+    if _is_ipv6(host):
         return
     if ":" in host or "/" in host:
         raise InvalidOptionsError(f"host '{host}' must be a bare host name, without scheme or port")
@@ -428,6 +427,18 @@ def _require_host(host: str) -> None:
         raise InvalidOptionsError(
             f"host '{host}' is not a valid host name (such as app.example.com or *.example.com)"
         )
+
+
+def _is_ipv6(host: str) -> bool:
+    if ":" not in host or "%" in host:
+        return False
+    from ipaddress import IPv6Address  # seldom needed, and a command should start fast
+
+    try:
+        IPv6Address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_port(option: str, value: int, *, lowest: int) -> None:

@@ -207,6 +207,11 @@ def _decode_positive_duration(value: object, where: str) -> float | None:
     return duration if duration > 0 else None
 
 
+def _decode_limit(value: object, where: str) -> float | None:
+    duration = _decode_duration(value, where)
+    return duration if duration >= 0 else None
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -228,6 +233,7 @@ _WHOLE = _Kind(_decode_whole, _same)
 _NUMBER = _Kind(_decode_number, _encode_number)
 _DURATION = _Kind(_decode_duration, to_nanoseconds)
 _POSITIVE = _Kind(_decode_positive_duration, to_nanoseconds)
+_LIMIT = _Kind(_decode_limit, to_nanoseconds)
 
 # The keys in Go's order; each is also the name of the attribute.
 _SERVICE_OPTIONS = {
@@ -256,7 +262,7 @@ _HEALTH_CHECK = {
     "host": _TEXT,
 }
 _TARGET_OPTIONS = {
-    "response_timeout": _POSITIVE,
+    "response_timeout": _LIMIT,
     "buffer_requests": _FLAG,
     "buffer_responses": _FLAG,
     "max_memory_buffer_size": _WHOLE,

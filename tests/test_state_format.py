@@ -138,7 +138,6 @@ def test_todays_keys_win_over_those_of_older_versions() -> None:
             "options": {"hosts": None, "path_prefixes": [], "exclude_metrics_paths": None},
             "target_options": {
                 "health_check_config": {"interval": 0, "timeout": 0},
-                "response_timeout": 0,
             },
             "pause_controller": {},
         },
@@ -156,6 +155,7 @@ def test_zero_that_can_be_meant_is_kept() -> None:
                 "name": "app",
                 "options": {"writer_affinity_timeout": 0, "strip_prefix": False},
                 "target_options": {
+                    "response_timeout": 0,
                     "max_memory_buffer_size": 0,
                     "health_check_config": {"path": ""},
                 },
@@ -165,6 +165,7 @@ def test_zero_that_can_be_meant_is_kept() -> None:
     )
     assert service.service_options.writer_affinity_timeout == 0
     assert not service.service_options.strip_prefix
+    assert service.target_options.response_timeout == 0
     assert service.target_options.max_memory_buffer_size == 0
     assert service.target_options.health_check.path == ""
     assert service.pause == SavedPause(state="paused")

@@ -110,7 +110,7 @@ class ControlClient:
         body = to_json(options)
         del body["service"]
         # No time limit: deploys of one service wait for each other, each for targets and drain.
-        with self._call("PUT", _service_path(options.service), body, timeout=None) as response:
+        with self._call("PUT", _service_path(options.service), body, patient=True) as response:
             if response.headers.get_content_type() != EVENT_STREAM:
                 raise _malformed("no stream of events")
             while True:
@@ -123,9 +123,9 @@ class ControlClient:
 
     @contextmanager
     def _call(
-        self, method: str, path: str, body: object = None, *, timeout: float | None = REPLY_TIMEOUT
+        self, method: str, path: str, body: object = None, *, patient: bool = False
     ) -> Iterator[http.client.HTTPResponse]:
-        connection = self._connect(timeout)
+        connection = self._connect(None if patient else REPLY_TIMEOUT)
         try:
             with _io_errors():
                 data = None if body is None else json.dumps(body).encode()
@@ -179,6 +179,8 @@ def _service_path(name: str) -> str:
 def _read_json(response: http.client.HTTPResponse) -> Any:
     with _io_errors():
         body = response.read(MAX_BODY + 1)
+        if response.length and len(body) <= MAX_BODY:
+            raise http.client.IncompleteRead(body, response.length)
     if len(body) > MAX_BODY:
         raise _malformed(f"more than {MAX_BODY} bytes")
     return _loads(body)
