@@ -89,9 +89,10 @@ class Progress:
         """Show one event; kinds that this version does not know are passed over."""
         if self._stream is None:
             return
-        after = format_duration(round(event.elapsed, 1 if event.elapsed < 60 else 0))
+        digits = 3 if event.elapsed < 1 else 1 if event.elapsed < 60 else 0
+        after = format_duration(round(event.elapsed, digits))
         match event.event:
-            case "probe":
+            case "probe" if not event.ok:
                 tries = self._probes[event.target] = self._probes.get(event.target, 0) + 1
                 times = f" ({tries} tries)" if tries > 1 else ""
                 self._rewrite("waiting", f"{event.target}: {event.result}{times}, {after}")
@@ -99,7 +100,7 @@ class Progress:
                 self._settle("healthy", f"all targets answer, after {after}")
             case "switched":
                 self._settle("switched", "new requests go to the new targets")
-            case "draining":
+            case "draining" if event.in_flight:
                 self._rewrite("draining", f"{_requests(event.in_flight)} on the old targets")
             case "done":
                 self._settle("done", self._summary(event, after))

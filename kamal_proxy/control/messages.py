@@ -137,10 +137,15 @@ def _value(hint: Any, data: object, where: str) -> Any:
             raise InvalidOptionsError(f"{where} must be a list")
         item_hint = get_args(hint)[0]
         return tuple(_value(item_hint, item, f"{where}[{i}]") for i, item in enumerate(data))
-    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+    if type(data) is int and not -(2**63) <= data < 2**63:
+        raise InvalidOptionsError(f"{where} must fit 64 bits")
+    if hint is float and type(data) is int:
         return float(data)
     if type(data) is not hint:
         raise InvalidOptionsError(f"{where} must be {_KINDS[hint]}")
+    if isinstance(data, str) and any("\ud800" <= character <= "\udfff" for character in data):
+        # JSON can hold half a surrogate pair; neither the log nor the saved state can.
+        raise InvalidOptionsError(f"{where} must be Unicode text")
     return data
 
 

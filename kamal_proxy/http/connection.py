@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kamal_proxy.http import pages
+from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec
 from kamal_proxy.http.exchange import CLIENT_CLOSED_REQUEST, Cause, Exchange
 
@@ -158,30 +159,8 @@ class ClientConnection:
 
     def _log_headless(self, status: int, sent: int) -> None:
         """Write the log line of a request whose head was never understood."""
-        client, port = self.address
-        self.server.log.request(
-            host=b"",
-            port=self.server.port,
-            path=b"",
-            request_id=b"",
-            status=status,
-            service="",
-            target="",
-            duration=0,
-            method=b"",
-            req_content_length=0,
-            req_content_type=b"",
-            resp_content_length=sent,
-            resp_content_type=pages.CONTENT_TYPE if sent else b"",
-            client_addr=client,
-            client_port=port,
-            remote_addr=client.encode(),
-            user_agent=b"",
-            proto="",
-            scheme=self.server.scheme,
-            query=b"",
-            headers=[],
-        )
+        headers = [(b"Content-Type", pages.CONTENT_TYPE)] if sent else []
+        log_request(self.server, self.address, None, status=status, sent=sent, response=headers)
 
     async def _linger(self) -> None:
         """Send the end of the stream and read what the client still sends, up to a limit."""

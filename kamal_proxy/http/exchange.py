@@ -12,12 +12,12 @@ import enum
 import math
 import time
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
 from uuid import uuid4
 
 import trio
 
 from kamal_proxy.http import pages
+from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError, RequestHead, ResponseHead
 from kamal_proxy.http.headers import Destination, request_headers, response_headers
 from kamal_proxy.http.upstream import (
@@ -76,6 +76,10 @@ class _Refusal(Exception):
 
 class _TargetFailed(Exception):
     """The target broke the connection or the protocol."""
+
+
+class _StaleConnection(Exception):
+    """A connection used before was closed by the target before it answered anything."""
 
 
 class _ClientGone(Exception):
@@ -173,7 +177,21 @@ class Exchange:
             self._deployment.end(self)
             if self._target is not None:
                 self._target.in_flight -= 1
-        self._log()
+        service, target = self._service, self._target
+        log_request(
+            self._server,
+            self._connection.address,
+            self._head,
+            status=self._status or CLIENT_CLOSED_REQUEST,
+            duration=time.perf_counter_ns() - self._started,
+            sent=self._sent,
+            response=self._response,
+            destination=self._destination,
+            request_id=self._request_id,
+            service=service.name if service else "",
+            target=target.name if target else "",
+            options=service.target_options if service and target else None,
+        )
 
     # Routing
 
@@ -477,63 +495,6 @@ class Exchange:
         self._connection.move_deadline(math.inf, Cause.IDLE)
         await self._send(data + self._codec.end())
         return self._codec.received
-
-    # The log line
-
-    def _log(self) -> None:
-        head, destination, service = self._head, self._destination, self._service
-        client, port = self._connection.address
-        path = destination.path if destination else head.target
-        extra: list[tuple[str, bytes]] = []
-        response_type = b""
-        for name, value in self._response or ():
-            if name.lower() == b"content-type":
-                response_type = value
-        if service is not None and self._target is not None:
-            extra = self._logged_headers(service)
-        self._server.log.request(
-            host=destination.host if destination else head.get(b"host"),
-            port=self._server.port,
-            path=unquote_to_bytes(path) if b"%" in path else path,
-            request_id=self._request_id,
-            status=self._status or CLIENT_CLOSED_REQUEST,
-            service=service.name if service else "",
-            target=self._target.name if self._target else "",
-            duration=time.perf_counter_ns() - self._started,
-            method=head.method,
-            req_content_length=head.length,
-            req_content_type=head.get(b"content-type"),
-            resp_content_length=self._sent,
-            resp_content_type=response_type,
-            client_addr=client,
-            client_port=port,
-            remote_addr=head.get(b"x-forwarded-for") or client.encode(),
-            user_agent=head.get(b"user-agent"),
-            proto="HTTP/" + head.version.decode(),
-            scheme=self._server.scheme,
-            query=destination.query if destination else b"",
-            headers=extra,
-        )
-
-    def _logged_headers(self, service: Service) -> list[tuple[str, bytes]]:
-        options = service.target_options
-        request = [(lower, value) for lower, _, value in self._head.headers]
-        response = [(name.lower(), value) for name, value in self._response or ()]
-        return [
-            (
-                f"{prefix}_{name.lower().replace('-', '_')}",
-                b",".join(value for key, value in fields if key == name.lower().encode()),
-            )
-            for prefix, names, fields in (
-                ("req", options.log_request_headers, request),
-                ("resp", options.log_response_headers, response),
-            )
-            for name in names
-        ]
-
-
-class _StaleConnection(Exception):
-    """A connection used before was closed by the target before it answered anything."""
 
 
 def _now_milliseconds() -> bytes:

@@ -1,0 +1,231 @@
+"""What each flag of deploy becomes, Kamal's own command lines, and what happens with the answer."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kamal_proxy import options
+from kamal_proxy.cli.deploy import ACME_STAGING_DIRECTORY
+from kamal_proxy.control.messages import from_json
+from kamal_proxy.options import (
+    DeploymentOptions,
+    DeployOptions,
+    HealthCheckOptions,
+    ServiceOptions,
+    TargetOptions,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.cli.conftest import ScriptedProxy
+
+Command = Callable[..., tuple[int, str, str]]
+DONE = {"event": "done", "elapsed": 1.0}
+
+
+def sent(proxy: ScriptedProxy) -> DeployOptions:
+    """Return what the last deploy asked for, as the server would understand it."""
+    method, path, body = proxy.requests[-1]
+    assert method == "PUT"
+    return from_json(DeployOptions, {**body, "service": path.removeprefix("/v1/services/")})
+
+
+@pytest.fixture
+def all_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let through what a later version supports: what the flags mean is settled now."""
+
+    def none(*_: object) -> Iterator[str]:
+        return iter(())
+
+    monkeypatch.setattr(options, "unsupported_flags", none)
+
+
+def expected(
+    path: Path,
+    *,
+    service: dict[str, Any] | None = None,
+    target: dict[str, Any] | None = None,
+    health: dict[str, Any] | None = None,
+    deployment: dict[str, Any] | None = None,
+    **rest: Any,
+) -> DeployOptions:
+    cache = str(path / "home/.config/kamal-proxy/certs")
+    return DeployOptions(
+        **{"service": "app", "targets": ("t1:80",), **rest},
+        service_options=ServiceOptions(**{"acme_cache_path": cache, **(service or {})}),
+        target_options=TargetOptions(
+            health_check=HealthCheckOptions(**(health or {})), **(target or {})
+        ),
+        deployment_options=DeploymentOptions(**(deployment or {})),
+    )
+
+
+FLAGS: list[tuple[list[str], dict[str, Any]]] = [
+    ([], {}),
+    (["--target=t2:81,t3"], {"targets": ("t1:80", "t2:81", "t3")}),
+    (["--read-target=r1:80", "--read-target", "r2"], {"read_targets": ("r1:80", "r2")}),
+    (["--host=a.com,*.b.com", "--host", "c"], {"service": {"hosts": ("a.com", "*.b.com", "c")}}),
+    (["--host="], {"service": {"hosts": ()}}),
+    (["--path-prefix=/a/,b"], {"service": {"path_prefixes": ("/a", "/b")}}),
+    (["--strip-path-prefix=false"], {"service": {"strip_prefix": False}}),
+    (["--strip-path-prefix"], {}),
+    (["--tls", "--host=a"], {"service": {"tls_enabled": True, "hosts": ("a",)}}),
+    (["--tls=false"], {}),
+    (
+        ["--tls-certificate-path=/c", "--tls-private-key-path=/k"],
+        {"service": {"tls_certificate_path": "/c", "tls_private_key_path": "/k"}},
+    ),
+    (
+        ["--tls", "--tls-on-demand-url=/ask"],
+        {"service": {"tls_enabled": True, "tls_on_demand_url": "/ask"}},
+    ),
+    (["--tls-staging"], {"service": {"acme_directory": ACME_STAGING_DIRECTORY}}),
+    (["--tls-acme-cache-path=/x"], {"service": {"acme_cache_path": "/x"}}),
+    (["--tls-acme-cache-path="], {"service": {"acme_cache_path": ""}}),
+    (["--tls-redirect=false"], {"service": {"tls_redirect": False}}),
+    (["--canonical-host=a"], {"service": {"canonical_host": "a"}}),
+    (["--error-pages=/p"], {"service": {"error_page_path": "/p"}}),
+    (["--writer-affinity-timeout=3s"], {"service": {"writer_affinity_timeout": 3.0}}),
+    (["--read-target-websockets"], {"service": {"read_targets_accept_websockets": True}}),
+    (["--exclude-metrics-path=/a,/b"], {"service": {"exclude_metrics_paths": ("/a", "/b")}}),
+    (["--client-ip-header=CF-IP"], {"service": {"client_ip_header": "CF-IP"}}),
+    (["--deploy-timeout=1m"], {"deployment": {"deploy_timeout": 60.0}}),
+    (["--drain-timeout=500ms"], {"deployment": {"drain_timeout": 0.5}}),
+    (["--force"], {"deployment": {"force": True}}),
+    (["--health-check-interval=3s"], {"health": {"interval": 3.0}}),
+    (["--health-check-timeout=3s"], {"health": {"timeout": 3.0}}),
+    (["--health-check-path=/health"], {"health": {"path": "/health"}}),
+    (["--health-check-port=0x50"], {"health": {"port": 80}}),
+    (["--health-check-host=h:1"], {"health": {"host": "h:1"}}),
+    (["--target-timeout=10s"], {"target": {"response_timeout": 10.0}}),
+    (["--buffer-requests"], {"target": {"buffer_requests": True}}),
+    (["--buffer-responses"], {"target": {"buffer_responses": True}}),
+    (["--buffer-requests=false", "--buffer-responses=false"], {}),
+    (["--buffer-memory=2000000"], {"target": {"max_memory_buffer_size": 2000000}}),
+    (
+        ["--buffer-requests=false", "--max-request-body=40000000"],
+        {"target": {"max_request_body_size": 40000000}},
+    ),
+    (
+        ["--buffer-responses", "--max-response-body=7"],
+        {"target": {"buffer_responses": True, "max_response_body_size": 7}},
+    ),
+    (["--log-request-header=A,B"], {"target": {"log_request_headers": ("A", "B")}}),
+    (["--log-response-header=A"], {"target": {"log_response_headers": ("A",)}}),
+    (["--forward-headers"], {"target": {"forward_headers": True}}),
+    (["--forward-headers=false"], {"target": {"forward_headers": False}}),
+    (["--scope-cookie-paths"], {"target": {"scope_cookie_paths": True}}),
+]
+
+
+@pytest.mark.usefixtures("all_supported")
+@pytest.mark.parametrize(("flags", "want"), FLAGS, ids=lambda value: " ".join(map(str, value)))
+def test_flags_become_options(
+    proxy: ScriptedProxy, command: Command, tmp_path: Path, flags: list[str], want: dict[str, Any]
+) -> None:
+    proxy.answer_events(DONE)
+    assert command("deploy", "app", "--target=t1:80", *flags) == (0, "", "")
+    assert sent(proxy) == expected(tmp_path, **want)
+
+
+def test_the_table_has_every_flag() -> None:
+    from kamal_proxy.cli.commands import find_command
+
+    tried = {flag.partition("=")[0] for flags, _ in FLAGS for flag in flags}
+    declared = {flag.title for flag in find_command("deploy").grammar.flags.values()}
+    assert declared - tried == {"-h, --help"}
+
+
+KAMAL_LINES = [
+    ("buffer-requests", 'app-web --target="172.1.0.2:80" --deploy-timeout="30s" '
+     '--drain-timeout="30s" --buffer-requests --buffer-responses '
+     '--log-request-header="Cache-Control" --log-request-header="Last-Modified" '
+     '--log-request-header="User-Agent"'),
+    ("tls", 'app-web --target="172.1.0.2:80" --host="example.com" --host="anotherexample.com" '
+     '--tls --deploy-timeout="30s" --drain-timeout="30s" --buffer-requests --buffer-responses'),
+    ("buffer-requests", 'app-web2 --target="123:80" --deploy-timeout="6s" --drain-timeout="30s" '
+     '--target-timeout="15s" --buffer-requests --buffer-responses'),
+    ("", 'custom-busybox --target="172.1.0.2:80" --host="busybox.example.com" '
+     '--deploy-timeout="30s" --drain-timeout="30s" --buffer-requests="false" '
+     '--buffer-responses="false"'),
+    ("error-pages", 'app_with_roles-web --target="1a2b3c4d5e6f:80" --host="localhost" '
+     '--deploy-timeout="2s" --drain-timeout="2s" --health-check-interval="1s" '
+     '--health-check-timeout="1s" --health-check-path="/up" --target-timeout="2s" '
+     '--buffer-requests="false" --buffer-responses="false" --buffer-memory="400000" '
+     '--max-request-body="40000000" --max-response-body="40000000" --forward-headers '
+     '--log-request-header="Cache-Control" --log-request-header="X-Forwarded-Proto" '
+     '--log-response-header="X-Request-ID" --log-response-header="X-Request-Start" '
+     '--error-pages="/home/kamal-proxy/.apps-config/app_with_roles/error_pages/0a1b2c"'),
+    ("tls", 'app-web --target="1a2b3c4d5e6f:80" --host="localhost" --tls '
+     '--tls-certificate-path="/home/kamal-proxy/.apps-config/app/tls/web/cert.pem" '
+     '--tls-private-key-path="/home/kamal-proxy/.apps-config/app/tls/web/key.pem" '
+     '--tls-redirect="false"'),
+    ("", 'app-web --target "172.1.0.2:80" --path-prefix="/api" --path-prefix="/oauth_callback" '
+     '--strip-path-prefix="false" --forward-headers="false"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("refused", "line"), KAMAL_LINES)
+def test_lines_that_kamal_sends(
+    proxy: ScriptedProxy, command: Command, refused: str, line: str
+) -> None:
+    proxy.answer_events(DONE)
+    code, out, err = command("deploy", *shlex.split(line))
+    if refused:
+        sentence = f"--{refused} is not supported yet by this version of kamal-proxy"
+        assert (code, out, err) == (1, "", f"Error: {sentence}\n")
+        assert proxy.requests == []
+    else:
+        assert (code, out, err) == (0, "", "")
+        assert sent(proxy).service == line.split()[0]
+
+
+@pytest.mark.usefixtures("all_supported")
+@pytest.mark.parametrize(("_refused", "line"), KAMAL_LINES)
+def test_lines_that_kamal_sends_are_understood(
+    proxy: ScriptedProxy, command: Command, _refused: str, line: str
+) -> None:
+    proxy.answer_events(DONE)
+    assert command("deploy", *shlex.split(line)) == (0, "", "")
+    assert sent(proxy).targets[0] in line
+
+
+def test_remove(proxy: ScriptedProxy, command: Command) -> None:
+    proxy.answers.append(b"HTTP/1.1 204 No Content\r\n\r\n")
+    assert command("remove", "app-web") == (0, "", "")
+    assert proxy.requests == [("DELETE", "/v1/services/app-web", None)]
+
+
+@pytest.mark.parametrize("name", ["app web/é", "-x", ".."])
+def test_any_name_can_be_removed(proxy: ScriptedProxy, command: Command, name: str) -> None:
+    from urllib.parse import unquote
+
+    proxy.answer_json(404, {"error": {"code": "service_not_found", "message": "service not found"}})
+    assert command("rm", "--", name) == (1, "", "Error: service not found\n")
+    path = proxy.requests[0][1]
+    assert path.count("/") == 3
+    assert unquote(path) == f"/v1/services/{name}"
+
+
+def test_a_failed_deploy_tells_the_details_first(proxy: ScriptedProxy, command: Command) -> None:
+    proxy.answer_events(
+        {"event": "probe", "target": "t1:80", "result": "refused", "elapsed": 0.1},
+        {
+            "event": "failed",
+            "code": "deploy_failed",
+            "message": "target failed to become healthy within configured timeout (30s)",
+            "details": ["t1:80: connection refused", "t2:80: status 500 \u001b[2J\u0007"],
+        },
+    )
+    assert command("deploy", "app", "--target=t1:80,t2:80") == (
+        1,
+        "",
+        "t1:80: connection refused\n"
+        "t2:80: status 500 \\x1b[2J\\x07\n"
+        "Error: target failed to become healthy within configured timeout (30s)\n",
+    )

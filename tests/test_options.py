@@ -1,0 +1,337 @@
+"""Every rule about the values of options, and the sentence that names what breaks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+from kamal_proxy.options import (
+    NOT_SUPPORTED_YET,
+    DeploymentOptions,
+    DeployOptions,
+    HealthCheckOptions,
+    RunOptions,
+    ServiceOptions,
+    TargetOptions,
+    default_data_directory,
+    default_socket_path,
+    split_target,
+    unsupported_flags,
+)
+
+
+def refusal(options: Any) -> str:
+    with pytest.raises(InvalidOptionsError) as caught:
+        options.validate()
+    assert type(caught.value) is InvalidOptionsError
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("1a2b3c4d5e6f:80", ("1a2b3c4d5e6f", 80)),
+        ("172.1.0.2:8080", ("172.1.0.2", 8080)),
+        ("web", ("web", 80)),
+        ("my_app-1.local:1", ("my_app-1.local", 1)),
+        ("_x", ("_x", 80)),
+        ("a+b:65535", ("a+b", 65535)),
+        ("web:0000080", ("web", 80)),
+    ],
+)
+def test_targets(target: str, parts: tuple[str, int]) -> None:
+    assert split_target(target) == parts
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", "x", "x:80", ":80", "-web:80", "web:", "web:80:80", "web:http", "http://web", "web/x",
+     "[::1]:80", "::1", "wéb:80", "web:80\n", "web:٨٠", "user@web", "web 80"],
+)  # fmt: skip
+def test_texts_that_are_no_targets(target: str) -> None:
+    for options in (
+        DeployOptions(service="app", targets=(target,)),
+        DeployOptions(service="app", targets=("web",), read_targets=(target,)),
+    ):
+        assert refusal(options) == f"{target} :invalid host pattern"
+
+
+@pytest.mark.parametrize("port", ["0", "000", "65536", "99999999999999999999"])
+def test_target_ports_out_of_range(port: str) -> None:
+    options = DeployOptions(service="app", targets=(f"web:{port}",))
+    assert refusal(options) == f"target web:{port}: port must be from 1 to 65535"
+
+
+@pytest.mark.parametrize("name", ["app-web", "a", "app.1_x", "x" * 255, "~", "-x"])
+def test_service_names(name: str) -> None:
+    DeployOptions(service=name, targets=("web",)).validate()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "x" * 256, "a\n", "\x7f", "\udcff"])
+def test_texts_that_are_no_service_names(name: str) -> None:
+    assert refusal(DeployOptions(service=name, targets=("web",))) == (
+        f"service name '{name}' must be 1 to 255 printable ASCII characters without spaces or "
+        "slashes"
+    )
+
+
+def test_a_target_is_required() -> None:
+    assert refusal(DeployOptions(service="a", targets=())) == "at least one target is required"
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["example.com", "a", "localhost", "*.example.com", "my_app.internal", "xn--bcher-kva.example",
+     "1.2.3.4", "::1", "[::1]", "a.", "A.Example", "a" * 255],
+)  # fmt: skip
+def test_hosts(host: str) -> None:
+    ServiceOptions(hosts=(host,)).validate()
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("a b", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("-a", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("a..b", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("*a.com", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("a.*.com", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("*.*.com", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("bücher.de", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("a\n", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("a" * 256, "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("*", "is not a host name; leave --host out to serve all hosts"),
+        ("a,b", "is not a host name; give each host on its own"),
+        ("https://a", "must be a bare host name, without scheme or port"),
+        (":80", "must be a bare host name, without scheme or port"),
+        ("1.2.3.4:80", "must be a bare host name, without scheme or port"),
+        ("[::1", "must be a bare host name, without scheme or port"),
+        ("fe80::1%eth0", "must be a bare host name, without scheme or port"),
+        ("a:80", "must be a bare host name, without scheme or port"),
+    ],
+)
+def test_texts_that_are_no_hosts(host: str, why: str) -> None:
+    assert refusal(ServiceOptions(hosts=("ok.com", host))) == f"host '{host}' {why}"
+
+
+def test_a_service_has_at_most_so_many_hosts() -> None:
+    hosts = tuple(f"h{number}" for number in range(1001))
+    ServiceOptions(hosts=hosts[:1000]).validate()
+    assert refusal(ServiceOptions(hosts=hosts)) == "a service can have at most 1000 hosts"
+
+
+@pytest.mark.parametrize(
+    ("given", "normal"),
+    [
+        ((), ("/",)),
+        (None, ("/",)),
+        (("",), ("/",)),
+        (("/",), ("/",)),
+        (("api",), ("/api",)),
+        (("/api/",), ("/api",)),
+        (("//a/b//",), ("/a/b",)),
+        (("/a", "b/"), ("/a", "/b")),
+    ],
+)
+def test_path_prefixes(given: tuple[str, ...], normal: tuple[str, ...]) -> None:
+    options = ServiceOptions(path_prefixes=given)
+    options.validate()
+    assert options.path_prefixes == normal
+
+
+@pytest.mark.parametrize("given", [(), None, ("",)])
+def test_every_host_has_one_form(given: tuple[str, ...]) -> None:
+    assert ServiceOptions(hosts=given).hosts == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ServiceOptions(path_prefixes=("/a b",)),
+         "path-prefix '/a b' must be a path without spaces, ? or #"),
+        (ServiceOptions(path_prefixes=("/a?b",)),
+         "path-prefix '/a?b' must be a path without spaces, ? or #"),
+        (ServiceOptions(path_prefixes=("/a#b",)),
+         "path-prefix '/a#b' must be a path without spaces, ? or #"),
+        (ServiceOptions(writer_affinity_timeout=-1.0),
+         "writer-affinity-timeout must not be negative"),
+        (ServiceOptions(client_ip_header="a b"),
+         "client-ip-header 'a b' is not a valid header name"),
+        (HealthCheckOptions(path="/a b"),
+         "health-check-path '/a b' must be a path without spaces, ? or #"),
+        (HealthCheckOptions(path="/a#b"),
+         "health-check-path '/a#b' must be a path without spaces, ? or #"),
+        (HealthCheckOptions(port=-1), "health-check-port -1 must be from 0 to 65535"),
+        (HealthCheckOptions(port=65536), "health-check-port 65536 must be from 0 to 65535"),
+        (HealthCheckOptions(interval=0.0), "health-check-interval must be more than zero"),
+        (HealthCheckOptions(timeout=-1.0), "health-check-timeout must be more than zero"),
+        (HealthCheckOptions(timeout=float("nan")), "health-check-timeout must be more than zero"),
+        (HealthCheckOptions(host="a b"), "health-check-host 'a b' is not a valid host"),
+        (HealthCheckOptions(host="a\r\nX: y"), "health-check-host 'a\r\nX: y' is not a valid host"),
+        (TargetOptions(health_check=HealthCheckOptions(port=-2)),
+         "health-check-port -2 must be from 0 to 65535"),
+        (TargetOptions(response_timeout=-1.0), "target-timeout must not be negative"),
+        (TargetOptions(max_memory_buffer_size=-1), "buffer-memory must not be negative"),
+        (TargetOptions(max_request_body_size=-1), "max-request-body must not be negative"),
+        (TargetOptions(max_response_body_size=-1), "max-response-body must not be negative"),
+        (TargetOptions(log_request_headers=("A", "b c")),
+         "log-request-header 'b c' is not a valid header name"),
+        (TargetOptions(log_response_headers=("",)),
+         "log-response-header '' is not a valid header name"),
+        (DeploymentOptions(deploy_timeout=-1.0), "deploy-timeout must not be negative"),
+        (DeploymentOptions(drain_timeout=-1.0), "drain-timeout must not be negative"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work(options: Any, message: str) -> None:
+    assert refusal(options) == message
+
+
+PREFIX = "service options invalid: "
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tls_on_demand_url": "/x"}, PREFIX + "TLS must be enabled to use a TLS on-demand URL"),
+        ({"tls_enabled": True}, PREFIX + "host must be set when using TLS"),
+        ({"tls_enabled": True, "hosts": ("a",), "path_prefixes": ("/x",)},
+         PREFIX + "TLS settings must be specified on the root path service"),
+        ({"tls_enabled": True, "hosts": ("*.a",)}, "automatic TLS does not support wildcards"),
+        ({"tls_enabled": True, "hosts": ("*.a",), "path_prefixes": ("/x",)},
+         PREFIX + "TLS settings must be specified on the root path service"),
+        ({"tls_enabled": True, "hosts": ("a",), "tls_on_demand_url": "/x"},
+         PREFIX + "cannot set hosts when using a TLS on-demand URL"),
+        ({"tls_enabled": True, "tls_certificate_path": "c", "tls_on_demand_url": "/x"},
+         PREFIX + "cannot use a custom TLS certificate with a TLS on-demand URL"),
+        ({"tls_enabled": True, "canonical_host": "c", "tls_on_demand_url": "/x"},
+         PREFIX + "cannot set a canonical host when using a TLS on-demand URL"),
+        ({"tls_enabled": True, "tls_on_demand_url": "ftp://x"},
+         PREFIX + "TLS on-demand URL 'ftp://x' must be an absolute http(s) URL or a path"),
+        ({"hosts": ("a", "b"), "canonical_host": "c"},
+         PREFIX + "canonical-host 'c' must be present in the hosts list: [a b]"),
+    ],
+)  # fmt: skip
+def test_contradictions(fields: dict[str, Any], message: str) -> None:
+    assert refusal(ServiceOptions(**fields)) == message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tls_enabled": True, "hosts": ("a", "b"), "canonical_host": "b"},
+        {"tls_enabled": True, "hosts": ("*.a",), "tls_certificate_path": "c",
+         "tls_private_key_path": "k"},
+        {"tls_enabled": True, "tls_on_demand_url": "https://ask.example/ok?x=1"},
+        {"tls_enabled": True, "tls_on_demand_url": "/ask"},
+        {"canonical_host": "anything"},
+    ],
+)  # fmt: skip
+def test_no_contradictions(fields: dict[str, Any]) -> None:
+    ServiceOptions(**fields).validate()
+
+
+UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
+    ("read-target", {"read_targets": ("web",)}),
+    ("tls", {"service_options": ServiceOptions(tls_enabled=True, hosts=("a",))}),
+    ("tls-certificate-path", {"service_options": ServiceOptions(tls_certificate_path="c")}),
+    ("tls-private-key-path", {"service_options": ServiceOptions(tls_private_key_path="k")}),
+    ("tls-staging", {"service_options": ServiceOptions(acme_directory="https://x")}),
+    ("tls-redirect", {"service_options": ServiceOptions(tls_redirect=False)}),
+    ("canonical-host", {"service_options": ServiceOptions(canonical_host="a")}),
+    ("error-pages", {"service_options": ServiceOptions(error_page_path="/p")}),
+    ("writer-affinity-timeout", {"service_options": ServiceOptions(writer_affinity_timeout=2.0)}),
+    ("read-target-websockets",
+     {"service_options": ServiceOptions(read_targets_accept_websockets=True)}),
+    ("exclude-metrics-path", {"service_options": ServiceOptions(exclude_metrics_paths=("/a",))}),
+    ("client-ip-header", {"service_options": ServiceOptions(client_ip_header="A")}),
+    ("buffer-requests", {"target_options": TargetOptions(buffer_requests=True)}),
+    ("buffer-responses", {"target_options": TargetOptions(buffer_responses=True)}),
+    ("buffer-memory", {"target_options": TargetOptions(max_memory_buffer_size=1)}),
+    ("max-request-body", {"target_options": TargetOptions(max_request_body_size=1)}),
+    ("max-response-body", {"target_options": TargetOptions(max_response_body_size=1)}),
+    ("scope-cookie-paths", {"target_options": TargetOptions(scope_cookie_paths=True)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "fields"), UNSUPPORTED)
+def test_what_is_still_to_come_is_refused_by_name(flag: str, fields: dict[str, Any]) -> None:
+    options = DeployOptions(service="app", targets=("web",), **fields)
+    with pytest.raises(NotSupportedYetError) as caught:
+        options.validate()
+    assert str(caught.value) == f"--{flag} is not supported yet by this version of kamal-proxy"
+    assert flag in NOT_SUPPORTED_YET
+
+
+def test_every_unsupported_flag_is_tried() -> None:
+    tried = {flag for flag, _ in UNSUPPORTED}
+    assert NOT_SUPPORTED_YET - tried == {"metrics-port", "http3", "tls-on-demand-url"}
+
+
+def test_defaults_ask_for_nothing_unsupported() -> None:
+    assert list(unsupported_flags(ServiceOptions(), TargetOptions())) == []
+    assert list(unsupported_flags(ServiceOptions(acme_cache_path="/x"), TargetOptions())) == []
+
+
+def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
+    options = DeployOptions(
+        service="app",
+        targets=("web",),
+        target_options=TargetOptions(buffer_requests=True, response_timeout=-1.0),
+    )
+    assert refusal(options) == "target-timeout must not be negative"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"http_port": -1}, "http-port -1 must be from 0 to 65535"),
+        ({"https_port": 65536}, "https-port 65536 must be from 0 to 65535"),
+        ({"metrics_port": 70000}, "metrics-port 70000 must be from 0 to 65535"),
+        ({"head_timeout": 0.0}, "head-timeout must be more than zero"),
+        ({"idle_timeout": -1.0}, "idle-timeout must be more than zero"),
+        ({"shutdown_timeout": -1.0}, "shutdown-timeout must not be negative"),
+        ({"max_head_size": 1023}, "max-head-size must be at least 1024 bytes"),
+        ({"max_connections": 0}, "max-connections must be more than zero"),
+        ({"metrics_port": 1}, "--metrics-port is not supported yet by this version of kamal-proxy"),
+        ({"http3": True}, "--http3 is not supported yet by this version of kamal-proxy"),
+    ],
+)
+def test_run_options(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOptionsError) as caught:
+        RunOptions(**fields).validate()
+    assert str(caught.value) == message
+
+
+def test_run_options_at_their_defaults() -> None:
+    RunOptions().validate()
+    assert RunOptions().state_path is None
+    assert RunOptions(data_directory=Path("/d")).state_path == Path("/d/kamal-proxy.state")
+
+
+@pytest.mark.parametrize(
+    ("environment", "data", "socket"),
+    [
+        ({}, "/tmp/.config/kamal-proxy", "/tmp/kamal-proxy.sock"),
+        ({"HOME": "/h"}, "/h/.config/kamal-proxy", "/tmp/kamal-proxy.sock"),
+        ({"HOME": "/h", "TMPDIR": "/t"}, "/h/.config/kamal-proxy", "/t/kamal-proxy.sock"),
+        ({"TMPDIR": "/t", "XDG_RUNTIME_DIR": "/r"}, "/t/.config/kamal-proxy",
+         "/r/kamal-proxy.sock"),
+        ({"HOME": "", "XDG_RUNTIME_DIR": "", "KAMAL_PROXY_SOCKET": ""}, "/tmp/.config/kamal-proxy",
+         "/tmp/kamal-proxy.sock"),
+        ({"XDG_RUNTIME_DIR": "/r", "KAMAL_PROXY_SOCKET": "/s/own"}, "/tmp/.config/kamal-proxy",
+         "/s/own"),
+    ],
+)  # fmt: skip
+def test_places(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], data: str, socket: str
+) -> None:
+    for name in ("HOME", "TMPDIR", "XDG_RUNTIME_DIR", "KAMAL_PROXY_SOCKET"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert default_data_directory() == Path(data)
+    assert default_socket_path() == Path(socket)
