@@ -16,3 +16,25 @@ def scan_head(data: bytes | bytearray | memoryview, start: int = 0) -> int:
         ValueError: LF without CR, CR without LF, a control character (NUL, DEL, ...) or a folded
             header line; the text says which.
     """
+
+class ChunkScanner:
+    """Follows the framing of a chunked body and refuses what is ambiguous (RFC 9112 7.1).
+
+    Args:
+        limit: Longest extension of one chunk, and longest trailers in all, in bytes.
+    """
+
+    def __init__(self, limit: int) -> None: ...
+    @property
+    def done(self) -> bool:
+        """Whether the body has ended."""
+
+    def scan(self, data: bytes | bytearray | memoryview) -> int:
+        """Walk over the next bytes of the body.
+
+        Returns:
+            How many of them belong to it: all, unless it has ended.
+
+        Raises:
+            ValueError: the framing is malformed, or over a limit; the text says how.
+        """

@@ -1,8 +1,8 @@
 # cython: language_level=3
 """Compiled hot paths.
 
-Design. Functions here take bytes-like objects, check the length once, then walk raw pointers; they
-keep no state and allocate no Python object per byte. The buffer belongs to the caller and is only
+Design. What is here takes bytes-like objects, checks the length once, then walks raw pointers and
+allocates no Python object per byte. The buffer belongs to the caller and is only
 held (PyObject_GetBuffer .. PyBuffer_Release) for the duration of one call. Every function that
 parses has a slow, obvious twin in tests/reference and a hypothesis test that both agree.
 """
@@ -77,3 +77,136 @@ def scan_head(data, Py_ssize_t start=0):
     if end < INCOMPLETE:
         raise ValueError(_VERDICTS[end])
     return end
+
+
+cdef enum ChunkState:
+    SIZE
+    EXTENSION
+    SIZE_LF
+    DATA
+    DATA_CR
+    DATA_LF
+    LINE_START
+    TRAILER
+    TRAILER_LF
+    END_LF
+    DONE
+
+
+cdef class ChunkScanner:
+    """Follows the framing of a chunked body and refuses what is ambiguous (RFC 9112 7.1)."""
+
+    cdef ChunkState _state
+    cdef unsigned long long _size  # of the current chunk, or what is left of it
+    cdef int _digits
+    cdef Py_ssize_t _line  # bytes so far of a size line, or of all trailers
+    cdef Py_ssize_t _limit
+
+    def __init__(self, Py_ssize_t limit):
+        self._state = SIZE
+        self._size = 0
+        self._digits = 0
+        self._line = 0
+        self._limit = limit
+
+    @property
+    def done(self):
+        return self._state == DONE
+
+    def scan(self, data):
+        cdef Py_buffer view
+        cdef Py_ssize_t used
+        cdef const char *wrong = NULL
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            used = self._scan(<const unsigned char *>view.buf, view.len, &wrong)
+        finally:
+            PyBuffer_Release(&view)
+        if wrong != NULL:
+            raise ValueError(wrong.decode("ascii"))
+        return used
+
+    cdef Py_ssize_t _scan(
+        self, const unsigned char *data, Py_ssize_t length, const char **wrong
+    ) noexcept nogil:
+        """Walk over the data; on a violation, point ``wrong`` to a sentence (static storage)."""
+        cdef Py_ssize_t i = 0
+        cdef unsigned char c
+        cdef int digit
+        while i < length and self._state != DONE:
+            if self._state == DATA:
+                if <unsigned long long>(length - i) < self._size:
+                    self._size -= <unsigned long long>(length - i)
+                    return length
+                i += <Py_ssize_t>self._size
+                self._size = 0
+                self._state = DATA_CR
+                continue
+            c = data[i]
+            i += 1
+            if self._state == SIZE:
+                digit = _hex_digit(c)
+                if digit >= 0:
+                    self._digits += 1
+                    # Fifteen digits are a petabyte; no sum of lengths can overflow.
+                    if self._digits > 15:
+                        wrong[0] = b"chunk size of more than 15 digits"
+                        return i
+                    self._size = self._size * 16 + <unsigned long long>digit
+                    continue
+                if self._digits == 0 or (c != 0x3B and c != 0x0D):
+                    wrong[0] = b"malformed chunk size"
+                    return i
+                self._line = 0
+                self._state = EXTENSION if c == 0x3B else SIZE_LF
+                continue
+            if self._state == EXTENSION or self._state == TRAILER or self._state == LINE_START:
+                if c == 0x0D:
+                    if self._state == EXTENSION:
+                        self._state = SIZE_LF
+                    else:
+                        self._state = END_LF if self._state == LINE_START else TRAILER_LF
+                    continue
+                if self._state == LINE_START:
+                    if c == 0x20 or c == 0x09:
+                        wrong[0] = b"folded trailer line"
+                        return i
+                    self._state = TRAILER
+                if c == 0x7F or (c < 0x20 and c != 0x09):
+                    wrong[0] = b"control character in chunked framing"
+                    return i
+                self._line += 1
+                if self._line > self._limit:
+                    wrong[0] = b"chunk extension or trailers too long"
+                    return i
+                continue
+            if self._state == DATA_CR:
+                if c != 0x0D:
+                    wrong[0] = b"chunk longer than its size"
+                    return i
+                self._state = DATA_LF
+                continue
+            # SIZE_LF, DATA_LF, TRAILER_LF, END_LF
+            if c != 0x0A:
+                wrong[0] = b"CR without LF in chunked framing"
+                return i
+            if self._state == SIZE_LF:
+                self._line = 0
+                self._state = DATA if self._size else LINE_START
+            elif self._state == DATA_LF:
+                self._digits = 0
+                self._state = SIZE
+            elif self._state == TRAILER_LF:
+                self._state = LINE_START
+            else:
+                self._state = DONE
+        return i
+
+
+cdef inline int _hex_digit(unsigned char c) noexcept nogil:
+    if 0x30 <= c <= 0x39:
+        return c - 0x30
+    c |= 0x20
+    if 0x61 <= c <= 0x66:
+        return c - 0x61 + 10
+    return -1

@@ -141,7 +141,7 @@ class Deployment:
 
     def __repr__(self) -> str:
         names = ",".join(target.name for target in self.targets)
-        state = "drained" if self._drained.is_set() else "draining" if self.retired else "active"
+        state = "drained" if self.drained else "draining" if self.retired else "active"
         return f"<Deployment {names} {state} in_flight={len(self._in_flight)}>"
 
     @property
@@ -194,6 +194,11 @@ class Deployment:
             target.health.state = TargetState.DRAINING
         self._probing.cancel(reason="retired")
 
+    @property
+    def drained(self) -> bool:
+        """Whether its drain is over."""
+        return self._drained.is_set()
+
     async def wait_drained(self) -> DrainResult:
         """Wait until the drain of a retired deployment is over."""
         await self._drained.wait()
@@ -219,6 +224,8 @@ class Deployment:
             started = trio.current_time()
             last = target.health.last
             result = await self._probe(target, self._health_check)
+            if self.retired:
+                return
             was = target.health.record(result)
             if was is not None:
                 self._log.info(

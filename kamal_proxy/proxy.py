@@ -50,6 +50,7 @@ class Proxy:
     def __init__(self, options: RunOptions, *, log: Callable[[str], object] | None = None) -> None:
         self.options = options
         self._log = Log(log or logging.getLogger("kamal_proxy").info, debug=options.debug)
+        self._started = False
         self._stop = trio.Event()
         self._services: Services | None = None
         self._http: HttpServer | None = None
@@ -69,7 +70,11 @@ class Proxy:
             ControlSocketError: the admin API's socket can't be bound.
             StateError: the saved state can't be used.
             InvalidOptionsError: an option has a value that can't be used.
+            RuntimeError: it has run before.
         """
+        if self._started:
+            raise RuntimeError("a proxy runs once; make another one")
+        self._started = True
         options = self.options
         options.validate()
         with contextlib.ExitStack() as stack:

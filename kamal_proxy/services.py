@@ -60,6 +60,7 @@ class Services:
         self._commit = trio.Lock()
         self._draining: list[tuple[str, Deployment]] = []
         self._nursery: trio.Nursery | None = None
+        self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
         #: The routing table of this moment; never changed, only replaced.
         self.routes = RoutingTable()
 
@@ -71,8 +72,10 @@ class Services:
         self._nursery = nursery
 
     def stop(self) -> None:
-        """Take no further changes."""
+        """Take no further changes; deploys that have not switched yet fail."""
         self._nursery = None
+        for pending in self._pending:
+            pending.cancel(reason="the proxy stops")
 
     async def deploy(
         self, options: DeployOptions, progress: Callable[[Event], None] | None = None
@@ -108,21 +111,11 @@ class Services:
         }
         self._log.info("Deploying", **fields)
         deployment.on_probe = report.probe
-        await self._running().start(deployment.run)
-        try:
-            if not options.deployment_options.force:
-                await _wait_until_healthy(deployment, options.deployment_options.deploy_timeout)
-                report("healthy")
-            replaced = await self._install(options, deployment)
-        except BaseException:
-            deployment.retire(0)
-            raise
-        deployment.on_probe = None
+        replaced = await self._switch(options, deployment, report)
         report("switched")
         result = DrainResult()
         if replaced is not None:
-            replaced.retire(options.deployment_options.drain_timeout)
-            self._draining.append((options.service, replaced))
+            self._retire(options.service, replaced, options.deployment_options.drain_timeout)
             result = await self._wait_drained(replaced, report)
         self._log.info("Deployed", **fields)
         report("done", completed=result.completed, cancelled=result.cancelled)
@@ -141,12 +134,10 @@ class Services:
             if service is None:
                 raise ServiceNotFoundError("service not found")
             await self._replace_routes(self.routes.without_service(name))
-        service.active.retire(math.inf)
-        self._draining.append((name, service.active))
+        self._retire(name, service.active, math.inf)
 
     def describe(self) -> list[ServiceDescription]:
         """Describe all services, sorted by name."""
-        self._draining = [entry for entry in self._draining if entry[1].in_flight]
         return [
             ServiceDescription(
                 name=service.name,
@@ -181,6 +172,38 @@ class Services:
             trusted=trusted,
             forced=options.deployment_options.force,
         )
+
+    async def _switch(
+        self, options: DeployOptions, deployment: Deployment, report: _Report
+    ) -> Deployment | None:
+        """Start a deployment, wait for its health and install it; return the one it replaces.
+
+        Whatever comes between, the new deployment is retired again and nothing has changed.
+        """
+        await self._running().start(deployment.run)
+        installed = False
+        try:
+            with trio.CancelScope() as pending:
+                self._pending.add(pending)
+                if not options.deployment_options.force:
+                    await _wait_until_healthy(deployment, options.deployment_options.deploy_timeout)
+                    report("healthy")
+                replaced = await self._install(options, deployment)
+                installed = True
+        finally:
+            self._pending.discard(pending)
+            deployment.on_probe = None
+            if not installed:
+                deployment.retire(0)
+        if not installed:
+            raise ShuttingDownError("the proxy is shutting down")
+        return replaced
+
+    def _retire(self, name: str, deployment: Deployment, drain_timeout: float) -> None:
+        """Begin to drain what was taken out of routing, and remember it for :meth:`describe`."""
+        self._draining = [entry for entry in self._draining if not entry[1].drained]
+        self._draining.append((name, deployment))
+        deployment.retire(drain_timeout)
 
     async def _install(self, options: DeployOptions, deployment: Deployment) -> Deployment | None:
         """Give a service its new deployment; return the one it replaces."""

@@ -12,13 +12,13 @@ wakes the waiter, and an edge before it is seen by the next attempt.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import select
 import socket
 import stat
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import outcome
@@ -43,6 +43,8 @@ _READABLE = select.EPOLLIN | _HUNG_UP
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
 # accept() can fail for want of these; the connection waits in the backlog meanwhile.
+_DROP_TIMEOUT = 2.0  # seconds
+_DROP_BYTES = 4 * 1024 * 1024
 _TELL_INTERVAL = 10.0  # seconds
 _CAPACITY_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 # accept() reports errors of the connection it would have returned (accept(2)).
@@ -315,6 +317,19 @@ class SocketStream:
             await trio.lowlevel.checkpoint()
 
 
+async def drop(stream: SocketStream) -> None:
+    """End a connection whose peer may still be sending, without losing what was sent to it.
+
+    Closing with unread bytes makes the kernel reset the connection, and the reset may overtake the
+    response (RFC 9112 9.6). So the peer's bytes are read for a moment. The caller closes.
+    """
+    with trio.move_on_after(_DROP_TIMEOUT), contextlib.suppress(trio.BrokenResourceError):
+        stream.shutdown_write()
+        received = 0
+        while received < _DROP_BYTES and (data := await stream.receive()):
+            received += len(data)
+
+
 async def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
     """Return the addresses of a TCP service, in the resolver's order.
 
@@ -397,7 +412,7 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-@contextmanager
+@contextlib.contextmanager
 def listen_unix(path: Path) -> Iterator[socket.socket]:
     """Bind a Unix socket with mode 0600 and unlink it at the end.
 
@@ -419,13 +434,13 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
             identity = path.stat()
         except OSError as error:
             raise ControlSocketError(f"listen unix {path}: bind: {_reason(error)}") from error
-        yield sock
         try:
+            yield sock
+        finally:
             # Another process may have put its own socket there meanwhile.
-            if path.stat().st_ino == identity.st_ino:
-                path.unlink()
-        except FileNotFoundError:
-            pass
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == identity.st_ino:
+                    path.unlink()
     finally:
         sock.close()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import h11
 
-from kamal_proxy._fastpath import scan_head
+from kamal_proxy._fastpath import ChunkScanner, scan_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,6 +172,8 @@ class ServerCodec(_Messages):
         self._max_head_size = max_head_size
         self._head = bytearray()  # bytes of a head that is still incomplete
         self._scanned = 0
+        self._chunks: ChunkScanner | None = None
+        self._unscanned = b""  # bytes of a chunked body that came with the head
 
     @property
     def has_partial_head(self) -> bool:
@@ -203,16 +205,44 @@ class ServerCodec(_Messages):
             raise ProtocolError(f"request head over {self._max_head_size} bytes", 431)
         if end < 0:
             self._scanned = len(head)
-            if head[0] < 0x21:
+            if head[0] < 0x21 and head != b"\r":
                 raise ProtocolError("illegal request line")
             return None
         lengths = head.lower().count(b"\r\ncontent-length:", 0, end)
-        self._parser.receive_data(bytes(head))
+        data = bytes(head)
+        self._parser.receive_data(data)
         head.clear()
         self._scanned = 0
-        request = self._next_event()
-        assert isinstance(request, h11.Request)
-        return self._checked(request, lengths)
+        event = self._next_event()
+        assert isinstance(event, h11.Request)
+        request = self._checked(event, lengths)
+        self._chunks = None
+        if request.length == CHUNKED:
+            self._chunks = ChunkScanner(self._max_head_size)
+            self._unscanned = data[end:]
+        return request
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes of the request's body.
+
+        Raises:
+            ProtocolError: the chunked framing is malformed or ambiguous.
+        """
+        self._scan_chunks(data)
+        super().receive_data(data)
+
+    def next_body(self) -> bytes | None:
+        """Return the next part of the body; see :meth:`_Messages.next_body`."""
+        unscanned, self._unscanned = self._unscanned, b""
+        self._scan_chunks(unscanned)
+        return super().next_body()
+
+    def _scan_chunks(self, data: bytes) -> None:
+        if self._chunks is not None and not self._chunks.done:
+            try:
+                self._chunks.scan(data)
+            except ValueError as error:
+                raise ProtocolError(str(error)) from error
 
     def _checked(self, request: h11.Request, lengths: int) -> RequestHead:
         if request.http_version not in (b"1.1", b"1.0"):
@@ -280,6 +310,12 @@ class ClientCodec(_Messages):
     def __init__(self, max_head_size: int) -> None:
         super().__init__()
         self._parser = h11.Connection(h11.CLIENT, max_head_size)
+        self._closed = False  # by the target
+
+    def receive_data(self, data: bytes) -> None:
+        """Take bytes from the target; ``b""`` says that it closed its side."""
+        self._closed = self._closed or not data
+        super().receive_data(data)
 
     def request(self, method: bytes, target: bytes, headers: HeaderPairs) -> bytes:
         """Write the head of a request; ``headers`` carry its framing."""
@@ -294,6 +330,10 @@ class ClientCodec(_Messages):
             ProtocolError: the target sent garbage, too large a head, or closed.
         """
         event = self._next_event()
+        if isinstance(event, h11.InformationalResponse | h11.Response) and (
+            event.http_version not in (b"1.1", b"1.0")
+        ):
+            raise ProtocolError("HTTP version not supported")
         if isinstance(event, h11.InformationalResponse):
             if event.status_code == 101:
                 raise ProtocolError("101 Switching Protocols without an upgrade")
@@ -317,8 +357,8 @@ class ClientCodec(_Messages):
         parser = self._parser
         if parser.our_state is not h11.DONE or parser.their_state is not h11.DONE:
             return False
-        if parser.trailing_data[0]:
-            return False  # bytes nobody asked for: whatever they are, the next answer is not safe
+        if self._closed or parser.trailing_data[0]:
+            return False  # bytes that nobody asked for make the next answer doubtful
         parser.start_next_cycle()
         return True
 

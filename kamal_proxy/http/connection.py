@@ -13,6 +13,7 @@ from kamal_proxy.http import pages
 from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec
 from kamal_proxy.http.exchange import CLIENT_CLOSED_REQUEST, Cause, Exchange
+from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
     from kamal_proxy.http.server import HttpServer
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 _HEAD_READ_SIZE = 16 * 1024
 _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
-# Closing with unread bytes makes the kernel reset the connection, and the reset may overtake the
-# response (RFC 9112 9.6). So the client's bytes are read for a moment after the last response.
-_LINGER_TIMEOUT = 2.0  # seconds
-_LINGER_BYTES = 4 * 1024 * 1024
 
 
 class ClientConnection:
@@ -70,8 +67,7 @@ class ClientConnection:
                 self._exchange.finish()
                 self._exchange = None
         if linger:
-            with trio.move_on_after(_LINGER_TIMEOUT):
-                await self._linger()
+            await drop(self.stream)
 
     async def _serve(self) -> bool:
         """Serve requests; return whether the client may still be sending."""
@@ -161,16 +157,3 @@ class ClientConnection:
         """Write the log line of a request whose head was never understood."""
         headers = [(b"Content-Type", pages.CONTENT_TYPE)] if sent else []
         log_request(self.server, self.address, None, status=status, sent=sent, response=headers)
-
-    async def _linger(self) -> None:
-        """Send the end of the stream and read what the client still sends, up to a limit."""
-        try:
-            self.stream.shutdown_write()
-            received = 0
-            while received < _LINGER_BYTES:
-                data = await self.stream.receive()
-                if not data:
-                    return
-                received += len(data)
-        except trio.BrokenResourceError:
-            return

@@ -209,6 +209,7 @@ class Exchange:
                 return await self._answer(200, b"", [])
             if service.pause.state == "stopped":
                 raise _Refusal(503, service.pause.stop_message)
+            self._connection.move_deadline(math.inf, Cause.IDLE)
             await trio.sleep(service.pause.fail_after)
             if self._server.routes().get(service.name) is service:
                 raise _Refusal(504)
@@ -351,23 +352,25 @@ class Exchange:
         self, upstream: UpstreamConnection, response_timeout: float, scope: trio.CancelScope
     ) -> None:
         try:
-            await self._upload_body(upstream)
+            await self._upload_body(upstream, response_timeout)
             if self._response is None:
                 self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
             self._uploading = False
             return
         except ProtocolError as error:
-            self._upload_failure = _Refusal(400 if error.status == 431 else error.status)
+            self._upload_failure = _Refusal(error.status)
         except _ClientGone as error:
             self._upload_failure = error
         scope.cancel(reason="the client failed")
 
-    async def _upload_body(self, upstream: UpstreamConnection) -> None:
+    async def _upload_body(self, upstream: UpstreamConnection, response_timeout: float) -> None:
         while True:
             parts = self._parsed_body(upstream)
             if self._codec.received:
                 parts.append(upstream.codec.end(self._codec.trailers))
             if parts:
+                if self._response is None:
+                    self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
                 try:
                     await upstream.stream.send(b"".join(parts))
                 except trio.BrokenResourceError:
@@ -412,6 +415,8 @@ class Exchange:
                     parts.clear()
                 codec.receive_data(await self._receive(upstream))
         except (ProtocolError, trio.BrokenResourceError) as error:
+            if parts:
+                await self._send(b"".join(parts))  # what did come is the client's
             raise _TargetFailed(f"response cut short: {error}") from error
         parts.append(self._codec.end(codec.trailers))
         await self._send(b"".join(parts))
