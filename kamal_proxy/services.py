@@ -86,7 +86,8 @@ class Services:
 
         Args:
             options: The service and everything about it.
-            progress: Told each step as it happens; must not block.
+            progress: Told each step as it happens; must not block. One that raises is told
+                nothing more.
 
         Returns:
             How the drain of the replaced targets ended.
@@ -99,7 +100,7 @@ class Services:
             ShuttingDownError: the proxy is not running.
         """
         options.validate()
-        report = _Report(progress)
+        report = _Report(progress, self._log)
         deployment = self._new_deployment(options)
         self.routes.require_available(_service(options, deployment, None))
         fields = {
@@ -278,8 +279,9 @@ class Services:
 class _Report:
     """Tells whoever deploys what happens, with the time since the deploy began."""
 
-    def __init__(self, progress: Callable[[Event], None] | None) -> None:
+    def __init__(self, progress: Callable[[Event], None] | None, log: Log) -> None:
         self._progress = progress
+        self._log = log
         self._started = trio.current_time()
 
     def __call__(
@@ -310,8 +312,13 @@ class _Report:
         return round(trio.current_time() - self._started, 6)
 
     def _tell(self, event: Event) -> None:
-        if self._progress is not None:
+        if self._progress is None:
+            return
+        try:
             self._progress(event)
+        except Exception as error:  # noqa: BLE001  # a report must not harm what it reports on
+            self._progress = None
+            self._log.error("Progress callback failed", error=repr(error))
 
 
 async def _wait_until_healthy(deployment: Deployment, deploy_timeout: float) -> None:

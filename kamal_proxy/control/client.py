@@ -109,7 +109,7 @@ class ControlClient:
         """
         body = to_json(options)
         del body["service"]
-        # No time limit: deploys of one service wait for each other, each for targets and drain.
+        # No time limit: it is the proxy that limits the wait for targets and the drain.
         with self._call("PUT", _service_path(options.service), body, patient=True) as response:
             if response.headers.get_content_type() != EVENT_STREAM:
                 raise _malformed("no stream of events")

@@ -1,0 +1,259 @@
+"""What the documentation shows is what happens: examples run, links lead somewhere, flags exist."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import socket
+from typing import TYPE_CHECKING
+
+import attrs
+import pytest
+import trio
+
+from kamal_proxy.cli.arguments import scan
+from kamal_proxy.cli.commands import find_command
+from kamal_proxy.errors import NotSupportedYetError
+from tests.running import ROOT, Command, Embedded, open_instance
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.scripted import Client
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+# --- the examples of the admin API ---------------------------------------------------------------
+
+
+@attrs.frozen
+class Example:
+    """One command of a page, the status it must get, and what it must print."""
+
+    command: str
+    status: str
+    output: list[str]
+
+
+def examples_in(page: Path) -> list[Example]:
+    found = []
+    for language, block in _FENCED.findall(page.read_text()):
+        if language != "console":
+            continue
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, mark, rest = part.partition("  # ")
+            assert mark, f"an example without a status: {part}"
+            status, _, output = rest.partition("\n")
+            found.append(Example(command, status, output.splitlines()))
+    return found
+
+
+def comparable(lines: list[str]) -> list[str]:
+    """Leave out times, and how often something was repeated."""
+    timeless = [re.sub(r'"elapsed": [0-9.e-]+', '"elapsed": T', line) for line in lines]
+    return [line for i, line in enumerate(timeless) if not i or line != timeless[i - 1]]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_the_curl_examples_do_what_the_page_says(command: Command) -> None:
+    examples = examples_in(ROOT / "docs" / "admin-api.md")
+    assert len(examples) > 10
+    refusing = socket.socket()
+    with refusing:
+        refusing.bind(("127.0.0.1", 0))  # and does not listen
+        async with open_instance("web") as instance:
+            actual = {
+                "127.0.0.1:3001": instance.target,
+                "127.0.0.1:9": f"127.0.0.1:{refusing.getsockname()[1]}",
+            }
+            for example in examples:
+                await check(example, command.directory / "kamal-proxy.sock", actual)
+
+
+async def check(example: Example, path: Path, actual: dict[str, str]) -> None:
+    text = example.command.replace("curl ", "curl -w '%{stderr}%{http_code}' ", 1)
+    for shown, real in actual.items():
+        text = re.sub(rf"{re.escape(shown)}\b", real, text)
+    with trio.fail_after(60):
+        done = await trio.run_process(
+            ["bash", "-c", text],
+            env={**os.environ, "SOCKET": str(path)},
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+    output = done.stdout.decode()
+    for shown, real in actual.items():
+        output = output.replace(real, shown)
+
+    assert (done.returncode, done.stderr.decode()) == (0, example.status), example.command
+    assert comparable(output.splitlines()) == comparable(example.output), example.command
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+def prose(page: Path) -> str:
+    """Return a page without its blocks of code."""
+    return _FENCED.sub("", page.read_text())
+
+
+def anchors_in(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = page.parent / place if place else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors_in(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_this_repository_that_are_named_exist(page: Path) -> None:
+    roots = "kamal_proxy|tests|docs|example|benchmarks"
+    for name in re.findall(rf"`((?:{roots})/[\w./-]+)`", prose(page)):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+# --- command lines -------------------------------------------------------------------------------
+
+
+def command_lines(page: Path) -> list[str]:
+    """Return what follows the program's name wherever a page shows a command line."""
+    text = page.read_text()
+    shown = [line for _, block in _FENCED.findall(text) for line in block.splitlines()]
+    shown += re.findall(r"^    (\S.*)$", prose(page), re.MULTILINE)
+    shown += re.findall(r"`([^`\n]+)`", prose(page))
+    lines = []
+    for line in shown:
+        start = re.match(r"(?:\$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?kamal-proxy( .*)", line)
+        if start:
+            lines.append(start[1])
+    return lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_follow_the_grammar(page: Path) -> None:
+    for line in command_lines(page):
+        word, *arguments = shlex.split(line, comments=True)
+        if arguments and arguments[-1] in ("...", "…"):
+            arguments.pop()
+        try:
+            found = find_command(word)
+        except NotSupportedYetError:
+            continue  # a page may tell of what is to come
+        scan(found.grammar, arguments)  # raises for an unknown flag and for a malformed value
+
+
+def test_command_lines_are_found() -> None:
+    assert len([line for page in PAGES for line in command_lines(page)]) > 10
+
+
+# --- the log -------------------------------------------------------------------------------------
+
+
+async def test_the_fields_of_a_request_are_those_of_the_page(
+    proxy: Embedded, client: Client
+) -> None:
+    page = (ROOT / "docs" / "http.md").read_text()
+    table = page.partition("## What is logged")[2]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`([\w<>]+)`", row)]
+    assert listed[-2:] == ["req_<name>", "resp_<name>"]
+
+    await client.get("/x?y")
+    (line,) = await proxy.lines.wait_requests(1)
+
+    assert list(line) == listed[:-2]
+
+
+# --- the rooms -----------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "kamal_proxy"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def imported_by(path: Path, *, for_types: bool = False) -> set[str]:
+    """Return the modules that a module imports at its top level, or only for its types."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    guards = [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    nodes = [n for guard in guards for n in guard.body] if for_types else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "imports name the whole path"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            found.add(node.module)
+    return found
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its path inside it."""
+    found = {str(p.relative_to(PACKAGE)): p for p in sorted(PACKAGE.rglob("*.py"))}
+    assert len(found) > 30
+    return found
+
+
+def test_every_room_is_on_the_page_and_every_room_of_the_page_exists() -> None:
+    rooms = ARCHITECTURE.read_text().partition("## The rooms")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"^\| `([\w/.]+)` \|", rooms, re.MULTILINE))
+    real = {
+        name
+        for name in modules()
+        if not name.startswith("cli/") and not name.endswith(("/__init__.py", "__main__.py"))
+    }
+
+    assert listed == real | {"cli/", "_fastpath.pyx"}
+
+
+def test_pure_modules_do_no_io_and_read_no_clock() -> None:
+    text = ARCHITECTURE.read_text().partition("Arrows point down")[2]
+    pure = re.findall(r"`([\w/]+\.py)`", text.partition("do no IO")[0])
+    impure = {"trio", "socket", "ssl", "time", "random", "select", "subprocess", "threading"}
+    assert len(pure) > 9
+
+    for name in set(pure) - {"cli/run.py"}:
+        imported = {module.partition(".")[0] for module in imported_by(PACKAGE / name)}
+        assert not imported & impure, name
+        ours = {m for m in imported_by(PACKAGE / name) if m.startswith("kamal_proxy.")}
+        assert not ours & {"kamal_proxy.sockets", "kamal_proxy.deployment"}, name
+
+
+def test_arrows_point_down() -> None:
+    server = ("proxy", "process", "services", "sockets", "http", "deployment", "control.api")
+    for name, path in modules().items():
+        imported = imported_by(path)
+        every = imported | imported_by(path, for_types=True)
+
+        def among(names: tuple[str, ...], imported: set[str]) -> list[str]:
+            starts = tuple(f"kamal_proxy.{n}" for n in names)
+            return [
+                m for m in imported if m in starts or m.startswith(tuple(s + "." for s in starts))
+            ]
+
+        if name.startswith("cli/") or name in ("control/client.py", "control/messages.py"):
+            assert not among(server, every), name
+        if name not in ("process.py", "__init__.py"):
+            assert not among(("proxy",), every), name
+        assert not among(("process",), every), name
+        if not name.startswith(("cli/", "__main__")):
+            assert not among(("cli",), every), name
+        if name in ("deployment.py", "balancer.py", "health.py", "state.py", "state_format.py"):
+            assert not among(("http", "control", "services", "router"), every), name
+        if name.startswith("http/"):
+            assert not among(("control", "services"), every), name
+        if name == "sockets.py":
+            assert not among(("http", "control", "services", "deployment", "options"), every), name
