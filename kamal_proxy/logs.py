@@ -160,7 +160,7 @@ class LineWriter:
         """Write one line, or queue it, or count it as dropped."""
         if self._broken:
             return
-        data = line.encode() + b"\n"
+        data = line.encode("utf-8", "replace") + b"\n"
         if self._pending_size + len(data) > self._max_pending:
             self._dropped += 1
             return
@@ -178,15 +178,21 @@ class LineWriter:
             while self._pending and not self._broken:
                 await trio.lowlevel.wait_writable(self._fd)
                 self._write_some(0)
-                if self._dropped and not self._pending:
-                    dropped, self._dropped = self._dropped, 0
-                    Log(self.write).warning("Log lines dropped: nobody read them", count=dropped)
+                if not self._pending:
+                    self._report_dropped()
 
     def close(self) -> None:
         """Write what is still queued, waiting for a slow reader no longer than a second."""
         deadline = time.monotonic() + _FLUSH_AT_EXIT
         while self._pending and not self._broken and time.monotonic() < deadline:
             self._write_some(100)
+            self._report_dropped()
+
+    def _report_dropped(self) -> None:
+        """Say how many lines were dropped, once there is room for saying it."""
+        if self._dropped and not self._pending:
+            dropped, self._dropped = self._dropped, 0
+            Log(self.write).warning("Log lines dropped: nobody read them", count=dropped)
 
     def _write_some(self, patience: int) -> bool:
         """Write until nothing is left or the descriptor takes no more; True if nothing is left.

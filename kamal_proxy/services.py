@@ -316,7 +316,7 @@ class _Report:
             return
         try:
             self._progress(event)
-        except Exception as error:  # noqa: BLE001  # a report must not harm what it reports on
+        except Exception as error:  # a report must not harm what it reports on
             self._progress = None
             self._log.error("Progress callback failed", error=repr(error))
 

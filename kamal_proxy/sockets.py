@@ -151,7 +151,7 @@ class SocketStream:
                 return data
             await self.wait_readable()
 
-    async def receive_watching(self, watch: SocketStream, max_bytes: int) -> bytes | None:
+    async def receive_watching(self, watch: SocketStream | None, max_bytes: int) -> bytes | None:
         """Like :meth:`receive`, but return None once ``watch`` has hung up and nothing is here."""
         await self._take_turn()
         while True:
@@ -207,6 +207,16 @@ class SocketStream:
 
         readable = await trio.lowlevel.wait_task_rescheduled(abort)
         return bool(readable)
+
+    def watch_from_now(self, watch: SocketStream) -> None:
+        """Let a hang-up of ``watch`` end also the wait in which a reader may be already."""
+        if self._reader is None:
+            return
+        if watch.hung_up:
+            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(False))
+        else:
+            watch._watcher = self
+            self._watched = watch
 
     async def wait_writable(self) -> None:
         """Wait until a write that found the socket full is worth another try."""
@@ -274,15 +284,14 @@ class SocketStream:
             return
         self._poller.forget(sock.fileno())
         sock.close()
-        closed = outcome.Error(trio.ClosedResourceError("this stream was closed"))
         if self._watcher is not None:
             self._watcher._watched = None
             self._watcher = None
         if self._reader is not None:
-            trio.lowlevel.reschedule(self._take_reader(), closed)
+            trio.lowlevel.reschedule(self._take_reader(), _closed())
         if self._writer is not None:
             task, self._writer = self._writer, None
-            trio.lowlevel.reschedule(task, closed)
+            trio.lowlevel.reschedule(task, _closed())
 
     def ready(self, events: int) -> None:
         """Wake the tasks that wait for these epoll events (called by the poller)."""
@@ -315,6 +324,11 @@ class SocketStream:
         if self._calls >= _CALLS_PER_TURN:
             self._calls = 0
             await trio.lowlevel.checkpoint()
+
+
+def _closed() -> outcome.Error:
+    """Make what a waiter gets when its stream is closed; an outcome serves one task only."""
+    return outcome.Error(trio.ClosedResourceError("this stream was closed"))
 
 
 async def drop(stream: SocketStream) -> None:
@@ -356,7 +370,7 @@ async def connect(
         raise
     try:
         code = sock.connect_ex(address)
-        while code in (errno.EINPROGRESS, errno.EAGAIN):
+        while code == errno.EINPROGRESS:
             await stream.wait_writable()
             code = stream.connect_error_nowait()
         if code:
@@ -515,7 +529,14 @@ async def accept(
         except BaseException:
             limiter.release()
             raise
-        nursery.start_soon(serve, poller.open_stream(sock), address)
+        try:
+            stream = poller.open_stream(sock)
+        except OSError as error:
+            sock.close()
+            limiter.release()
+            paused(error)
+            continue
+        nursery.start_soon(serve, stream, address)
 
 
 async def _accept_one(

@@ -40,8 +40,12 @@ class ClientConnection:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is being received or served."""
-        return self._exchange is None and not self.codec.has_partial_head
+        """Whether no request is being received or served, and none lies in the socket."""
+        return (
+            self._exchange is None
+            and not self.codec.has_partial_head
+            and self.stream.is_quiet_nowait()
+        )
 
     def move_deadline(self, seconds: float, cause: Cause) -> None:
         """Give what happens next that many seconds from now; ``cause`` says what their end means.
@@ -104,8 +108,10 @@ class ClientConnection:
                 except (ProtocolError, trio.BrokenResourceError):
                     return False
                 return cause not in (Cause.CLIENT_GONE, Cause.CLIENT_STALLED)
-            if self.codec.has_partial_head:
-                return await self._reject(503 if cause is Cause.SHUTDOWN else 408)
+            if cause is Cause.HEAD_TIMEOUT:
+                return await self._reject(408)
+            if cause is Cause.SHUTDOWN and self.codec.has_partial_head:
+                return await self._reject(503)
         return False
 
     async def _next_head(self) -> RequestHead | None:
@@ -146,11 +152,14 @@ class ClientConnection:
             body,
         )
         self.move_deadline(_ANSWER_TIMEOUT, Cause.CLIENT_STALLED)
+        told = False
         try:
             await self.stream.send(b"\r\n".join(lines))
+            told = True
         except trio.BrokenResourceError:
-            status, body = CLIENT_CLOSED_REQUEST, b""
-        self._log_headless(status, len(body))
+            return False
+        finally:
+            self._log_headless(status if told else CLIENT_CLOSED_REQUEST, len(body) if told else 0)
         return True
 
     def _log_headless(self, status: int, sent: int) -> None:

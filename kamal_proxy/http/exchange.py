@@ -356,6 +356,7 @@ class Exchange:
             if self._response is None:
                 self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
             self._uploading = False
+            upstream.stream.watch_from_now(self._client)
             return
         except ProtocolError as error:
             self._upload_failure = _Refusal(error.status)
@@ -443,9 +444,11 @@ class Exchange:
 
     async def _receive(self, upstream: UpstreamConnection) -> bytes:
         """Read from the target; a client that goes away meanwhile shortens the wait."""
-        if self._uploading or self._gone:
+        if self._gone:
             return await upstream.stream.receive(READ_SIZE)
-        data = await upstream.stream.receive_watching(self._client, READ_SIZE)
+        # While the body is still coming, it is its reader that notices.
+        watch = None if self._uploading else self._client
+        data = await upstream.stream.receive_watching(watch, READ_SIZE)
         if data is not None:
             return data
         self._connection.move_deadline(GONE_GRACE, Cause.CLIENT_GONE)

@@ -227,7 +227,7 @@ def response_headers(head: ResponseHead) -> HeaderPairs:
             chunked = True
         elif name == b"connection" and value.lower() not in (b"close", b"keep-alive"):
             dropped = dropped | _named_by_connection(head.headers)
-    if chunked:
+    if chunked or head.status == 204:  # RFC 9110 8.6: 204 has no Content-Length
         dropped = dropped | {b"content-length"}
     if dropped is not _RESPONSE_DROPPED:
         pairs = [pair for pair in pairs if pair[0].lower() not in dropped]

@@ -35,7 +35,9 @@ DEPLOYS = st.builds(
     ),
     target_options=st.builds(
         TargetOptions,
-        health_check=st.builds(HealthCheckOptions, path=NAMES, port=st.integers(0, 65535), host=NAMES),
+        health_check=st.builds(
+            HealthCheckOptions, path=NAMES, port=st.integers(0, 65535), host=NAMES
+        ),
         forward_headers=st.none() | st.booleans(),
         max_request_body_size=st.integers(0, 2**63 - 1),
         log_request_headers=LISTS,

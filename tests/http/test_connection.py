@@ -1,0 +1,578 @@
+"""Client connections: every deadline, drains, shutdown, and cancellation at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from kamal_proxy.http.exchange import GONE_GRACE
+from kamal_proxy.options import TargetOptions
+from kamal_proxy.state import SavedPause
+from tests.deploying import run_with_every_cancellation
+from tests.http.streams import (
+    GET,
+    HELLO,
+    World,
+    open_world,
+    read_all,
+    read_head,
+    say_hello,
+    stay_silent,
+)
+from tests.pairs import Steps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+POST = b"POST /path HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n"
+Opener = Callable[..., AbstractAsyncContextManager[World]]
+MEGABYTE = b"x" * 1_000_000
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> Opener:
+    """Return :func:`open_world` for this test."""
+    return partial(open_world, tmp_path, monkeypatch)
+
+
+async def send_megabyte(stream: trio.SocketStream) -> None:
+    await read_head(stream)
+    await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(MEGABYTE))
+    await stream.send_all(MEGABYTE)
+
+
+async def begin_and_hang(stream: trio.SocketStream) -> None:
+    await read_head(stream)
+    await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+    await trio.sleep_forever()
+
+
+# Keeping alive
+
+
+async def test_requests_one_after_another(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as here:
+        client = here.connect()
+        for _ in range(3):
+            await client.send_all(GET)
+            response = await read_head(client)
+            assert response.startswith(b"HTTP/1.1 200 ")
+            assert response.endswith(b"hello")
+        await client.aclose()
+        assert here.statuses == [200] * 3
+        assert len(here.targets) == 1, "the connection to the target is used again"
+
+
+async def test_pipelined_requests(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as here:
+        client = here.connect()
+        await client.send_all(GET * 3 + GET.replace(b"Host", b"Connection: close\r\nHost"))
+        response = await read_all(client)
+        assert response.count(b"HTTP/1.1 200 ") == response.count(b"hello") == 4
+        assert here.statuses == [200] * 4
+        await client.aclose()
+
+
+async def test_a_pooled_connection_that_died_is_not_used(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async def once(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(HELLO)
+
+    async with world(once) as here:
+        client = here.connect()
+        for _ in range(3):
+            await client.send_all(GET)
+            assert (await read_head(client)).endswith(b"hello")
+            await wait_all_tasks_blocked()
+        assert len(here.targets) == 3
+        assert here.statuses == [200] * 3
+        await client.aclose()
+
+
+# Deadlines
+
+
+async def test_a_connection_without_a_request_is_closed_silently(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(head_timeout=30, idle_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        assert await read_all(client) == b""
+        assert trio.current_time() - start == pytest.approx(30)
+        assert here.lines.messages == []
+        await client.aclose()
+
+
+async def test_an_idle_connection_is_closed_silently(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(head_timeout=30, idle_timeout=60) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await read_head(client)
+        start = trio.current_time()
+        assert await read_all(client) == b""
+        assert trio.current_time() - start == pytest.approx(60)
+        assert here.statuses == [200]
+        await client.aclose()
+
+
+@pytest.mark.parametrize("after", [b"", GET])
+async def test_a_slow_head(world: Opener, after: bytes, autojump_clock: MockClock) -> None:
+    async with world(head_timeout=30) as here:
+        client = here.connect()
+        if after:
+            await client.send_all(after)
+            await read_head(client)
+        got = b""
+
+        async def drip() -> None:
+            for byte in GET:
+                await client.send_all(bytes([byte]))
+                await trio.sleep(7)
+
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drip)
+            got = await read_head(client)
+            assert trio.current_time() - start == pytest.approx(30)
+            nursery.cancel_scope.cancel()
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert got.startswith(b"HTTP/1.1 408 ")
+        assert here.statuses == [*([200] if after else []), 408]
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_head(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world() as here:
+        client = here.connect()
+        await client.send_all(GET[:20])
+        await wait_all_tasks_blocked()
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [499]
+
+
+async def test_a_body_that_stalls(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(stay_silent, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(POST % 100 + b"some of it")
+        await trio.sleep(50)
+        await client.send_all(b"more of it")
+        response = await read_head(client)
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert trio.current_time() - start == pytest.approx(110)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [408]
+
+
+async def test_a_client_that_does_not_read(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(send_megabyte, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(GET)
+        await trio.sleep(59)
+        assert here.server.connections == 1
+        await trio.sleep(2)
+        assert here.server.connections == 0
+        assert trio.current_time() - start < 70
+        assert len(await read_all(client)) < len(MEGABYTE)
+        await client.aclose()
+        assert here.statuses == [499]
+
+
+async def test_a_client_that_reads_slowly_is_served(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(send_megabyte, stall_timeout=60) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await read_head(client)
+        got = 0
+        while got < len(MEGABYTE) - 70_000:
+            await trio.sleep(50)
+            # Much at a time: a kernel wakes a writer only when a good part is free again.
+            part = await client.receive_some(300_000)
+            assert part, "it was cut off"
+            got += len(part)
+        await client.aclose()
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+async def test_a_target_that_does_not_answer(
+    world: Opener, method: bytes, autojump_clock: MockClock
+) -> None:
+    options = TargetOptions(response_timeout=7)
+    async with world(stay_silent, target_options=options) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(GET if method == b"GET" else POST % 4 + b"body")
+        response = await read_head(client)
+        assert response.startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(7)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [504]
+
+
+async def test_the_target_timeout_begins_when_the_body_has_been_sent(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    options = TargetOptions(response_timeout=7)
+    async with world(stay_silent, target_options=options) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(POST % 20 + b"some of it")
+        await trio.sleep(30)
+        await client.send_all(b"the others")
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(37)
+        await client.aclose()
+
+
+async def test_no_target_timeout(world: Opener, autojump_clock: MockClock) -> None:
+    async def answer_late(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep(10_000)
+        await stream.send_all(HELLO)
+
+    async with world(answer_late, target_options=TargetOptions(response_timeout=0)) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        assert (await read_head(client)).endswith(b"hello")
+        await client.aclose()
+
+
+async def test_a_body_may_pause_for_ever(world: Opener, autojump_clock: MockClock) -> None:
+    async def answer_slowly(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(HELLO[:-3])
+        await trio.sleep(80_000)
+        await stream.send_all(HELLO[-3:])
+
+    async with world(answer_slowly) as here:
+        client = here.connect()
+        await client.send_all(GET.replace(b"Host", b"Connection: close\r\nHost"))
+        assert (await read_all(client)).endswith(b"hello")
+        await client.aclose()
+        assert here.statuses == [200]
+
+
+# Paused and stopped
+
+
+async def test_a_paused_service(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(pause=SavedPause(state="paused", fail_after=100), head_timeout=30) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(GET)
+        response = await read_head(client)
+        assert response.startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(100)
+        await client.aclose()
+        assert here.targets == []
+
+
+async def test_a_stopped_service(world: Opener, autojump_clock: MockClock) -> None:
+    pause = SavedPause(state="stopped", stop_message="back <soon>")
+    async with world(pause=pause) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        response = await read_head(client)
+        assert response.startswith(b"HTTP/1.1 503 ")
+        assert b"back &lt;soon&gt;" in response
+        await client.send_all(GET.replace(b"/path", b"/up"))
+        response = await read_head(client)
+        assert response.startswith(b"HTTP/1.1 200 ")
+        assert b"Content-Length: 0\r\n" in response
+        await client.aclose()
+        assert here.statuses == [503, 200]
+
+
+# Clients that go away
+
+
+async def test_a_client_that_goes_away_ends_its_request(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(stay_silent) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        await client.aclose()
+        await trio.sleep(GONE_GRACE / 2)
+        assert here.deployment.in_flight == 1
+        await trio.sleep(GONE_GRACE)
+        assert here.deployment.in_flight == 0
+        assert here.statuses == [499]
+
+
+async def test_a_client_that_only_ended_its_side_gets_a_quick_answer(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep(GONE_GRACE / 2)
+        await stream.send_all(HELLO)
+
+    async with world(answer) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await client.send_eof()
+        assert (await read_all(client)).endswith(b"hello")
+        await client.aclose()
+        assert here.statuses == [200]
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_body(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(stay_silent) as here:
+        client = here.connect()
+        await client.send_all(POST % 100 + b"some of it")
+        await wait_all_tasks_blocked()
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [499]
+
+
+# Drains and shutdown
+
+
+async def test_a_drain_deadline_before_the_answer(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(stay_silent) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        start = trio.current_time()
+        here.deployment.retire(10)
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(10)
+        result = await here.deployment.wait_drained()
+        assert (result.completed, result.cancelled) == (0, 1)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [504]
+        assert here.lines.of("Request cancelled due to draining") == [
+            {"target": "target:80", "path": "/path"}
+        ]
+
+
+async def test_a_drain_deadline_in_the_middle_of_the_answer(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(begin_and_hang) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.deployment.retire(10)
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 200 ")
+        assert response.endswith(b"\r\n\r\nhalf"), "cut, and nothing else"
+        assert (await here.deployment.wait_drained()).cancelled == 1
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [200]
+
+
+async def test_a_drain_waits_for_a_request(world: Opener, autojump_clock: MockClock) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep(5)
+        await stream.send_all(HELLO)
+
+    async with world(answer) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.deployment.retire(10)
+        result = await here.deployment.wait_drained()
+        assert (result.completed, result.cancelled) == (1, 0)
+        assert (await read_head(client)).endswith(b"hello")
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert len(here.poller) == 0, "its upstream connection is closed, too"
+
+
+async def test_shutdown_closes_idle_connections(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as here:
+        fresh, used = here.connect(), here.connect()
+        await used.send_all(GET)
+        await read_head(used)
+        await wait_all_tasks_blocked()
+        start = trio.current_time()
+        here.server.close_idle()
+        await here.server.wait_closed()
+        assert trio.current_time() == start
+        for client in (fresh, used):
+            assert await read_all(client) == b""
+            await client.aclose()
+        assert here.statuses == [200]
+
+
+async def test_shutdown_without_connections(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as here:
+        here.server.close_idle()
+        await here.server.wait_closed()
+        late = here.connect()
+        assert await read_all(late) == b""
+        await late.aclose()
+
+
+async def test_shutdown_lets_a_request_finish(world: Opener, autojump_clock: MockClock) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep(5)
+        await stream.send_all(HELLO)
+
+    async with world(answer) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.server.close_idle()
+        response = await read_all(client)
+        assert response.endswith(b"hello")
+        assert b"connection: close\r\n" in response.lower()
+        await here.server.wait_closed()
+        await client.aclose()
+        assert here.statuses == [200]
+
+
+async def test_shutdown_aborts_what_does_not_finish(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(stay_silent) as here:
+        waiting, halfway = here.connect(), here.connect()
+        await waiting.send_all(GET)
+        await halfway.send_all(GET[:-2])
+        await wait_all_tasks_blocked()
+        here.server.close_idle()
+        await wait_all_tasks_blocked()
+        assert here.server.connections == 2
+        here.server.abort()
+        for client in (waiting, halfway):
+            assert (await read_all(client)).startswith(b"HTTP/1.1 503 ")
+            await client.aclose()
+        await here.server.wait_closed()
+        assert here.statuses == [503, 503]
+
+
+# Cancellation at every step
+
+
+async def one_get(client: trio.SocketStream) -> None:
+    await client.send_all(GET)
+    await read_head(client)
+
+
+async def two_gets(client: trio.SocketStream) -> None:
+    await one_get(client)
+    await one_get(client)
+
+
+async def one_upload(client: trio.SocketStream) -> None:
+    await client.send_all(POST % 600_000)
+    for _ in range(6):
+        await client.send_all(b"x" * 100_000)
+    await read_head(client)
+
+
+async def swallow_upload(stream: trio.SocketStream) -> None:
+    got = (await read_head(stream)).partition(b"\r\n\r\n")[2]
+    size = len(got)
+    while size < 600_000:
+        size += len(await stream.receive_some() or b"x" * 600_000)
+    await stream.send_all(HELLO)
+
+
+async def answer_early(stream: trio.SocketStream) -> None:
+    await read_head(stream)
+    await stream.send_all(HELLO)
+    await read_all(stream)
+
+
+async def one_download(client: trio.SocketStream) -> None:
+    await client.send_all(GET)
+    size = 0
+    while size < len(MEGABYTE):
+        size += len(await client.receive_some(100_000) or MEGABYTE)
+
+
+async def leave_early(client: trio.SocketStream) -> None:
+    await client.send_all(GET)
+
+
+@pytest.mark.parametrize(
+    ("answer", "visit", "requests"),
+    [
+        (say_hello, one_get, 1),
+        (say_hello, two_gets, 2),
+        (swallow_upload, one_upload, 1),
+        (answer_early, one_upload, 1),
+        (send_megabyte, one_download, 1),
+        (stay_silent, leave_early, 1),
+    ],
+)
+def test_cancelled_at_every_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[trio.SocketStream], Awaitable[None]],
+    visit: Callable[[trio.SocketStream], Awaitable[None]],
+    requests: int,
+) -> None:
+    def attempt(step: int) -> bool:
+        async def main() -> bool:
+            directory = tmp_path / str(step)
+            directory.mkdir()
+            async with open_world(directory, monkeypatch, answer) as here:
+                stream, client = here.pair()
+
+                async def go() -> None:
+                    try:
+                        async with client:
+                            await visit(client)
+                    except trio.BrokenResourceError:
+                        pass
+
+                scope = trio.CancelScope()
+                steps = Steps(step, scope.cancel)
+                async with trio.open_nursery() as visitors:
+                    visitors.start_soon(go)
+                    trio.lowlevel.add_instrument(steps)
+                    with scope:
+                        await here.serve(stream)
+                    trio.lowlevel.remove_instrument(steps)
+                assert here.server.connections == 0
+                assert here.deployment.in_flight == 0
+                assert here.deployment.targets[0].in_flight == 0
+                assert len(here.poller) <= 1, "at most the idle upstream connection is left"
+                for line in here.logged:
+                    assert line["status"] in (200, 499)
+                # The head may not have been read, or may not have been understood, yet.
+                assert len(here.logged) <= requests
+                if here.targets:
+                    assert here.logged, "a request that reached the target is logged"
+                # The service goes on.
+                after = here.connect()
+                await after.send_all(GET.replace(b"/path", b"/after"))
+                await after.aclose()
+                await trio.sleep(1000)
+                assert here.deployment.in_flight == 0
+                return scope.cancel_called
+
+        return trio.run(main, clock=MockClock(autojump_threshold=0))
+
+    assert run_with_every_cancellation(attempt) > 10

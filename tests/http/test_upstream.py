@@ -1,0 +1,218 @@
+"""The connections to one target: kept, aged, checked before use, addresses looked up again."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+import trio
+
+from kamal_proxy import sockets
+from kamal_proxy.http.upstream import (
+    FRESH_AGE,
+    MAX_IDLE,
+    MAX_IDLE_AGE,
+    ConnectError,
+    UpstreamConnection,
+    UpstreamPool,
+)
+from kamal_proxy.sockets import Poller
+from tests.pairs import running_poller
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from trio.testing import MockClock
+
+
+@attrs.define(eq=False)
+class Place:
+    """A pool, a listener that never accepts, and a resolver that does as it is told."""
+
+    pool: UpstreamPool
+    poller: Poller
+    address: str
+    lookups: int = 0
+    answer: list[str] | Exception = attrs.field(factory=list)
+
+    async def resolve(self, host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+        assert (host, port) == ("web", 3000)
+        self.lookups += 1
+        await trio.lowlevel.checkpoint()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return [(socket.AF_UNIX, address) for address in self.answer]
+
+    async def used(self) -> UpstreamConnection:
+        """Open a connection and let it carry one exchange."""
+        connection = await self.pool.connect()
+        exchange(connection)
+        return connection
+
+
+def exchange(connection: UpstreamConnection) -> None:
+    codec = connection.codec
+    codec.request(b"GET", b"/", [(b"Host", b"web")])
+    codec.end()
+    codec.receive_data(b"HTTP/1.1 204 No Content\r\n\r\n")
+    assert codec.next_response() is not None
+    assert codec.next_body() is None
+    assert codec.received
+
+
+@pytest.fixture
+async def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    path = str(tmp_path / "t.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(MAX_IDLE + 10)
+        async with running_poller() as poller:
+            made = Place(UpstreamPool(poller, "web", 3000, 4096), poller, path)
+            made.answer = [path]
+            monkeypatch.setattr(sockets, "resolve", made.resolve)
+            yield made
+            made.pool.close()
+
+
+async def test_the_last_one_back_goes_out_first(place: Place, autojump_clock: MockClock) -> None:
+    first, second = await place.used(), await place.used()
+    was_reused = first.reused
+    place.pool.release(first)
+    place.pool.release(second)
+    assert place.pool.take_idle(MAX_IDLE_AGE) is second
+    assert place.pool.take_idle(MAX_IDLE_AGE) is first
+    assert place.pool.take_idle(MAX_IDLE_AGE) is None
+    assert (was_reused, first.reused) == (False, True)
+    for connection in (first, second):
+        connection.stream.close()
+
+
+async def test_the_pool_is_bounded(place: Place, autojump_clock: MockClock) -> None:
+    made = [await place.used() for _ in range(MAX_IDLE + 3)]
+    for connection in made:
+        place.pool.release(connection)
+    assert len(place.poller) == MAX_IDLE
+    assert repr(place.pool) == f"<UpstreamPool web:3000 idle={MAX_IDLE}>"
+    last = place.pool.take_idle(MAX_IDLE_AGE)
+    assert last is made[-1]
+    last.stream.close()
+
+
+async def test_old_ones_are_closed(place: Place, autojump_clock: MockClock) -> None:
+    old, young = await place.used(), await place.used()
+    place.pool.release(old)
+    await trio.sleep(MAX_IDLE_AGE - 1)
+    place.pool.release(young)
+    assert len(place.poller) == 2
+    await trio.sleep(2)
+    place.pool.release(await place.used())
+    assert len(place.poller) == 2, "the old one is gone"
+    await trio.sleep(MAX_IDLE_AGE + 1)
+    assert place.pool.take_idle(MAX_IDLE_AGE) is None
+    assert len(place.poller) == 0
+
+
+async def test_a_request_that_must_not_be_repeated_wants_a_fresh_one(
+    place: Place, autojump_clock: MockClock
+) -> None:
+    place.pool.release(await place.used())
+    await trio.sleep(FRESH_AGE + 0.1)
+    assert place.pool.take_idle(FRESH_AGE) is None
+    kept = place.pool.take_idle(MAX_IDLE_AGE)
+    assert kept is not None, "it is still good for others"
+    exchange(kept)
+    place.pool.release(kept)
+    assert place.pool.take_idle(FRESH_AGE) is kept
+    kept.stream.close()
+
+
+@pytest.mark.parametrize("unasked", [b"", b"HTTP/1.1 408 \r\n"])
+async def test_dead_ones_are_skipped(
+    place: Place, autojump_clock: MockClock, unasked: bytes
+) -> None:
+    alive = await place.used()
+    near, far = socket.socketpair()
+    dead = UpstreamConnection(place.poller.open_stream(near), alive.codec)
+    dead.codec = type(alive.codec)(4096)
+    exchange(dead)
+    place.pool.release(alive)
+    place.pool.release(dead)
+    with far:
+        if unasked:
+            far.send(unasked)
+        else:
+            far.close()
+        assert place.pool.take_idle(MAX_IDLE_AGE) is alive
+    assert len(place.poller) == 1
+    alive.stream.close()
+
+
+async def test_one_in_the_middle_of_an_exchange_is_not_kept(
+    place: Place, autojump_clock: MockClock
+) -> None:
+    connection = await place.pool.connect()
+    connection.codec.request(b"GET", b"/", [(b"Host", b"web")])
+    place.pool.release(connection)
+    assert place.pool.take_idle(MAX_IDLE_AGE) is None
+    assert len(place.poller) == 0
+
+
+async def test_a_closed_pool_keeps_nothing(place: Place, autojump_clock: MockClock) -> None:
+    idle, busy = await place.used(), await place.used()
+    place.pool.release(idle)
+    place.pool.close()
+    assert len(place.poller) == 1
+    place.pool.release(busy)
+    assert len(place.poller) == 0
+
+
+async def test_addresses_are_kept_for_a_moment(place: Place, autojump_clock: MockClock) -> None:
+    for _ in range(3):
+        (await place.pool.connect()).stream.close()
+    assert place.lookups == 1
+    await trio.sleep(6)
+    (await place.pool.connect()).stream.close()
+    assert place.lookups == 2
+
+
+async def test_looks_up_again_after_a_failure(place: Place, autojump_clock: MockClock) -> None:
+    (await place.pool.connect()).stream.close()
+    good, place.answer = place.answer, [place.address + ".gone"]
+    await trio.sleep(6)
+    with pytest.raises(ConnectError, match=r"^no such file or directory$"):
+        await place.pool.connect()
+    assert place.lookups == 2
+    place.answer = good
+    (await place.pool.connect()).stream.close()
+    assert place.lookups == 3
+
+
+async def test_a_stale_address_is_looked_up_again_at_once(
+    place: Place, autojump_clock: MockClock
+) -> None:
+    place.pool._addresses = [(socket.AF_UNIX, place.address + ".old")]  # type: ignore[list-item]
+    place.pool._resolved_at = trio.current_time()
+    (await place.pool.connect()).stream.close()
+    assert place.lookups == 1
+
+
+async def test_the_next_address_is_tried(place: Place, autojump_clock: MockClock) -> None:
+    place.answer = [place.address + ".gone", place.address]
+    (await place.pool.connect()).stream.close()
+
+
+async def test_a_name_service_that_fails(place: Place, autojump_clock: MockClock) -> None:
+    good, place.answer = place.answer, socket.gaierror(-2, "Name or service not known")
+    with pytest.raises(ConnectError, match=r"^can't resolve web: Name or service not known$"):
+        await place.pool.connect()
+    place.answer = UnicodeError("label too long")
+    with pytest.raises(ConnectError, match=r"^can't resolve web: malformed name$"):
+        await place.pool.connect()
+    place.answer = good
+    (await place.pool.connect()).stream.close()
+    place.answer = socket.gaierror(-3, "Temporary failure in name resolution")
+    await trio.sleep(10)
+    (await place.pool.connect()).stream.close()

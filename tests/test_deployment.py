@@ -1,0 +1,412 @@
+"""Deployments: probing, health, rotation, drains, and cancellation at every await."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from kamal_proxy.deployment import _UNWIND, Deployment, DrainResult, Target
+from kamal_proxy.health import ProbeResult, TargetState
+from kamal_proxy.options import HealthCheckOptions
+from tests.deploying import HANG, Connections, Lines, Probes, Request, run_with_every_cancellation
+from tests.pairs import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def deployment(
+    probes: Callable[..., object],
+    *targets: str,
+    lines: Lines | None = None,
+    interval: float = 1.0,
+    trusted: bool = False,
+    forced: bool = False,
+    debug: bool = False,
+) -> Deployment:
+    return Deployment(
+        targets or ("a1:80",),
+        health_check=HealthCheckOptions(interval=interval),
+        probe=probes,  # type: ignore[arg-type]  # a probe is any such callable
+        connect=Connections,
+        log=(lines or Lines()).log(debug=debug),
+        trusted=trusted,
+        forced=forced,
+    )
+
+
+def states(made: Deployment) -> list[str]:
+    return [str(target.health.state) for target in made.targets]
+
+
+def all_closed(made: Deployment) -> bool:
+    return all(target.connections.closed for target in made.targets)  # type: ignore[attr-defined]
+
+
+# Health
+
+
+async def test_healthy_when_all_targets_are(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes({"b1:80": ["refused", "refused", True]}), "a1:80", "b1:80")
+    await nursery.start(made.run)
+    start = trio.current_time()
+    await made.wait_until_healthy()
+    assert trio.current_time() - start == pytest.approx(0.15)
+    assert states(made) == ["healthy", "healthy"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_not_healthy_when_the_first_fails_before_the_last_answers(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    probes = Probes({"a1:80": [True, "refused"], "b1:80": ["x"] * 7 + [True]})
+    made = deployment(probes, "a1:80", "b1:80")
+    await nursery.start(made.run)
+    with trio.move_on_after(60) as scope:
+        await made.wait_until_healthy()
+    assert scope.cancelled_caught
+    assert states(made) == ["unhealthy", "healthy"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_probe_times(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    failing: list[bool | str] = ["refused"] * 7
+    probes = Probes({"a1:80": [*failing, True, True, "refused", "refused", True]})
+    made = deployment(probes)
+    start = trio.current_time()
+    await nursery.start(made.run)
+    await trio.sleep(9)
+    delays = [0, 0.05, 0.15, 0.35, 0.75, 1.55, 2.55, 3.55, 4.55, 5.55, 6.55, 7.55, 8.55]
+    assert [time - start for time in probes.times["a1:80"]] == pytest.approx(delays)
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_slow_probe_does_not_delay_the_next_any_further(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    begun = []
+
+    async def probe(_: Target, __: HealthCheckOptions) -> ProbeResult:
+        begun.append(trio.current_time())
+        await trio.sleep(0.75)
+        return ProbeResult(True, "status 200", "")
+
+    made = deployment(probe)
+    await nursery.start(made.run)
+    await trio.sleep(3.5)
+    assert [time - begun[0] for time in begun] == pytest.approx([0, 1, 2, 3])
+    nursery.cancel_scope.cancel()
+
+
+async def test_targets_are_probed_side_by_side(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    probes = Probes({"a1:80": [HANG]})
+    made = deployment(probes, "a1:80", "b1:80")
+    await nursery.start(made.run)
+    await trio.sleep(2.5)
+    assert len(probes.times["a1:80"]) == 1
+    assert len(probes.times["b1:80"]) == 3
+    nursery.cancel_scope.cancel()
+
+
+async def test_each_change_is_logged_once(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    lines = Lines()
+    results: list[bool | str] = ["refused", "refused", "timeout", True, True, "timeout", "timeout"]
+    made = deployment(Probes({"a1:80": [*results, True]}), lines=lines)
+    await nursery.start(made.run)
+    await trio.sleep(20)
+    assert lines.of("Target health updated") == [
+        {"target": "a1:80", "state": "healthy", "was": "adding"},
+        {"target": "a1:80", "state": "unhealthy", "was": "healthy"},
+        {"target": "a1:80", "state": "healthy", "was": "unhealthy"},
+    ]
+    assert [line["error"] for line in lines.of("Healthcheck failed")] == [
+        "refused",
+        "timeout",
+        "timeout",
+    ]
+    assert lines.of("Healthcheck failed")[0]["url"] == "http://a1:80/up"
+    nursery.cancel_scope.cancel()
+
+
+async def test_every_failed_probe_is_logged_when_debugging(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lines = Lines()
+    made = deployment(Probes({"a1:80": ["refused"] * 4 + [True]}), lines=lines, debug=True)
+    await nursery.start(made.run)
+    await trio.sleep(5)
+    assert len(lines.of("Healthcheck failed")) == 4
+    nursery.cancel_scope.cancel()
+
+
+async def test_each_probe_is_told_while_somebody_listens(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    told: list[tuple[str, bool]] = []
+    made = deployment(Probes({"a1:80": ["refused", True]}))
+    made.on_probe = lambda target, result: told.append((target.name, result.ok))
+    await nursery.start(made.run)
+    await made.wait_until_healthy()
+    made.on_probe = None
+    await trio.sleep(10)
+    assert told == [("a1:80", False), ("a1:80", True)]
+    nursery.cancel_scope.cancel()
+
+
+# Rotation
+
+
+@pytest.mark.parametrize(
+    ("targets", "trusted", "forced", "script", "expected"),
+    [
+        (("a1:80",), False, False, {"a1:80": ["refused"]}, {"a1:80"}),
+        (("a1:80",), False, False, {"a1:80": [True, "refused"]}, {"a1:80"}),
+        (("a1:80", "b1:80"), False, False, {"a1:80": ["refused"]}, {"b1:80"}),
+        (("a1:80", "b1:80"), False, False, {"a1:80": [HANG], "b1:80": [HANG]}, {None}),
+        (("a1:80", "b1:80"), False, True, {"a1:80": [HANG], "b1:80": ["x"]}, {"a1:80", "b1:80"}),
+        (("a1:80", "b1:80"), False, True, {"a1:80": [True, "x"]}, {"b1:80"}),
+        (("a1:80", "b1:80"), True, False, {"a1:80": [HANG], "b1:80": [HANG]}, {"a1:80", "b1:80"}),
+        (("a1:80", "b1:80"), True, False, {"a1:80": ["refused"]}, {"b1:80"}),
+    ],
+)
+async def test_who_is_chosen(
+    nursery: trio.Nursery,
+    targets: tuple[str, ...],
+    trusted: bool,
+    forced: bool,
+    script: dict[str, list[bool | str]],
+    expected: set[str | None],
+    autojump_clock: MockClock,
+) -> None:
+    made = deployment(Probes(script), *targets, trusted=trusted, forced=forced)
+    await nursery.start(made.run)
+    await trio.sleep(5)
+    chosen = [made.choose(set()) for _ in range(4)]
+    assert {target and target.name for target in chosen} == expected
+    nursery.cancel_scope.cancel()
+
+
+def test_a_target_knows_where_it_is() -> None:
+    (target,) = deployment(Probes(), "web-1").targets
+    assert (target.name, target.host, target.port) == ("web-1", "web-1", 80)
+    assert (target.connections.host, target.connections.port) == ("web-1", 80)  # type: ignore[attr-defined]
+
+
+# Draining
+
+
+async def test_a_drain_with_nothing_in_flight_is_over_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    start = trio.current_time()
+    made.retire(30)
+    assert await made.wait_drained() == DrainResult(0, 0)
+    assert trio.current_time() == start
+    assert all_closed(made)
+
+
+async def test_a_drain_ends_with_the_last_request(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    before = Request(made)
+    before.end()
+    requests = [Request(made) for _ in range(3)]
+    start = trio.current_time()
+    made.retire(30)
+    for count, request in enumerate(requests, 1):
+        await trio.sleep(1)
+        assert made.in_flight == len(requests) - count + 1
+        assert not all_closed(made)
+        request.end()
+    assert await made.wait_drained() == DrainResult(completed=3, cancelled=0)
+    assert trio.current_time() - start == pytest.approx(3)
+    assert not any(request.aborted for request in requests)
+    assert all_closed(made)
+
+
+async def test_the_deadline_cuts_what_is_left(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    quick, slow, slower = (Request(made) for _ in range(3))
+    start = trio.current_time()
+    made.retire(10)
+    await trio.sleep(1)
+    quick.end()
+    assert await made.wait_drained() == DrainResult(completed=1, cancelled=2)
+    assert trio.current_time() - start == pytest.approx(10)
+    assert (quick.aborted, slow.aborted, slower.aborted) == (False, True, True)
+    assert made.in_flight == 0
+
+
+async def test_no_time_to_drain(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    request = Request(made)
+    made.retire(0)
+    assert await made.wait_drained() == DrainResult(0, 1)
+    assert request.aborted
+
+
+async def test_a_request_that_can_not_end_is_left_behind(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    Request(made, obedient=False)
+    start = trio.current_time()
+    made.retire(10)
+    assert await made.wait_drained() == DrainResult(0, 1)
+    assert trio.current_time() - start == pytest.approx(10 + _UNWIND)
+    assert all_closed(made)
+
+
+async def test_retiring_stops_the_probes(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    probes = Probes()
+    made = deployment(probes)
+    await nursery.start(made.run)
+    request = Request(made)
+    await trio.sleep(2.5)
+    made.retire(30)
+    await trio.sleep(10)
+    assert len(probes.times["a1:80"]) == 3
+    assert states(made) == ["draining"]
+    request.end()
+
+
+async def test_retiring_in_the_middle_of_a_probe(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lines = Lines()
+    made = deployment(Probes({"a1:80": [HANG]}), lines=lines)
+    await nursery.start(made.run)
+    await wait_all_tasks_blocked()
+    made.retire(30)
+    assert await made.wait_drained() == DrainResult()
+    assert states(made) == ["draining"]
+    assert lines.messages == []
+
+
+@pytest.mark.parametrize("ok", [True, False])
+async def test_a_probe_that_ends_as_its_deployment_is_retired_changes_nothing(
+    nursery: trio.Nursery, ok: bool, autojump_clock: MockClock
+) -> None:
+    finish = trio.Event()
+    told: list[object] = []
+    lines = Lines()
+
+    async def probe(_: Target, __: HealthCheckOptions) -> ProbeResult:
+        await finish.wait()
+        return ProbeResult(ok, "in the last moment", "")
+
+    made = deployment(probe, lines=lines)
+    made.on_probe = lambda *what: told.append(what)
+    await nursery.start(made.run)
+    await wait_all_tasks_blocked()
+    finish.set()
+    made.retire(30)
+    await made.wait_drained()
+    assert states(made) == ["draining"]
+    assert lines.messages == []
+    assert told == []
+
+
+async def test_a_retired_deployment_takes_no_requests(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    made.retire(1)
+    with pytest.raises(AssertionError):
+        Request(made)
+    await made.wait_drained()
+
+
+async def test_ending_twice_is_harmless(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    request = Request(made)
+    request.end()
+    request.end()
+    assert made.in_flight == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_says_what_it_is(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    made = deployment(Probes(), "a1:80", "b1:81")
+    assert repr(made) == "<Deployment a1:80,b1:81 active in_flight=0>"
+    await nursery.start(made.run)
+    request = Request(made)
+    made.retire(30)
+    assert repr(made) == "<Deployment a1:80,b1:81 draining in_flight=1>"
+    request.end()
+    await made.wait_drained()
+    assert repr(made) == "<Deployment a1:80,b1:81 drained in_flight=0>"
+
+
+# Cancellation
+
+
+async def test_cancelled_while_probing_closes_the_connections(autojump_clock: MockClock) -> None:
+    made = deployment(Probes({"a1:80": [HANG]}))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.run)
+        nursery.cancel_scope.cancel()
+    assert all_closed(made)
+    await made.wait_drained()
+
+
+async def test_cancelled_while_draining_closes_the_connections(autojump_clock: MockClock) -> None:
+    made = deployment(Probes())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.run)
+        Request(made)
+        made.retire(30)
+        await wait_all_tasks_blocked()
+        assert not all_closed(made)
+        nursery.cancel_scope.cancel()
+    assert all_closed(made)
+    await made.wait_drained()
+
+
+def test_cancelled_at_every_await() -> None:
+    def attempt(step: int) -> bool:
+        async def life() -> bool:
+            made = deployment(Probes({"a1:80": ["refused", True]}), "a1:80", "b1:80")
+            with trio.CancelScope() as scope:
+                steps = Steps(step, scope.cancel)
+                trio.lowlevel.add_instrument(steps)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(made.run)
+                    await made.wait_until_healthy()
+                    stubborn, quick = Request(made, obedient=False), Request(made)
+                    made.retire(1)
+                    quick.end()
+                    await made.wait_drained()
+                    stubborn.end()
+                trio.lowlevel.remove_instrument(steps)
+            assert all_closed(made) or not made._drained.is_set()
+            if made._drained.is_set():
+                await made.wait_drained()
+            return scope.cancel_called
+
+        return trio.run(life, clock=MockClock(autojump_threshold=0))
+
+    assert run_with_every_cancellation(attempt) > 10
+
+
+@pytest.mark.parametrize("state", list(TargetState))
+def test_states_are_words_of_the_log(state: TargetState) -> None:
+    assert f"{state}" == state.value == state.name.lower()
