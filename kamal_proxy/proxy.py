@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import listeners
 from kamal_proxy.control.api import ControlServer
 from kamal_proxy.errors import ShuttingDownError
 from kamal_proxy.http.probe import HttpProbe
@@ -90,11 +90,11 @@ class Proxy:
             services = Services(state, self._log, probe=HttpProbe(poller), connect=connect)
             restored = services.restore()
             listener = stack.enter_context(
-                contextlib.closing(sockets.listen_tcp(options.bind, options.http_port))
+                contextlib.closing(listeners.listen_tcp(options.bind, options.http_port))
             )
             control = None
             if options.socket_path is not None:
-                control = stack.enter_context(sockets.listen_unix(options.socket_path))
+                control = stack.enter_context(listeners.listen_unix(options.socket_path))
             async with trio.open_nursery() as base:
                 await base.start(poller.run)
                 async with trio.open_nursery() as deployments:
@@ -173,7 +173,7 @@ class Proxy:
         poller: Poller,
         connections: trio.Nursery,
     ) -> None:
-        await sockets.accept(
+        await listeners.accept(
             listener,
             poller,
             server.handle,

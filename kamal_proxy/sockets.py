@@ -1,4 +1,4 @@
-"""The one room for stream IO: sockets, readiness, connecting, listening, accepting.
+"""The one room for stream IO: sockets, readiness, connecting.
 
 Every operation tries the system call first and waits only on EAGAIN. Readiness does not go through
 ``trio.lowlevel.wait_readable``: each socket is registered once, edge-triggered, in an epoll of the
@@ -14,24 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
-import os
 import select
 import socket
-import stat
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import outcome
 import trio
 
-from kamal_proxy.errors import ControlSocketError, ListenError
-
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
 READ_SIZE = 64 * 1024
-BACKLOG = 4096
 
 # A stream whose calls never block must still let other tasks run, and notice its cancellation.
 _CALLS_PER_TURN = 32
@@ -42,25 +35,8 @@ _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READABLE = select.EPOLLIN | _HUNG_UP
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
-# accept() can fail for want of these; the connection waits in the backlog meanwhile.
 _DROP_TIMEOUT = 2.0  # seconds
 _DROP_BYTES = 4 * 1024 * 1024
-_TELL_INTERVAL = 10.0  # seconds
-_CAPACITY_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-# accept() reports errors of the connection it would have returned (accept(2)).
-_ACCEPT_AGAIN_ERRNOS = {
-    errno.ECONNABORTED,
-    errno.EPERM,
-    errno.EPROTO,
-    errno.ENETDOWN,
-    errno.ENOPROTOOPT,
-    errno.EHOSTDOWN,
-    errno.ENONET,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-}
-
-Address: TypeAlias = tuple[str, int]
 
 
 class Poller:
@@ -379,187 +355,3 @@ async def connect(
         stream.close()
         raise
     return stream
-
-
-def listen_tcp(bind: str, port: int) -> socket.socket:
-    """Bind a TCP listener; an empty ``bind`` listens on all addresses, IPv4 and IPv6.
-
-    Raises:
-        ListenError: naming the address and what to do.
-    """
-    try:
-        family, address = _listen_address(bind, port)
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ListenError(f"listen tcp {bind}:{port}: {_reason(error)}") from error
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and not bind:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.setblocking(False)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        hint = ""
-        if error.errno == errno.EACCES and 0 < port < 1024:
-            hint = (
-                " (ports below 1024 need the capability CAP_NET_BIND_SERVICE or the sysctl "
-                f"net.ipv4.ip_unprivileged_port_start={port}; or choose another port)"
-            )
-        raise ListenError(f"listen tcp {bind}:{port}: bind: {_reason(error)}{hint}") from error
-    return sock
-
-
-def _listen_address(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
-    if bind:
-        family, _, _, _, address = socket.getaddrinfo(
-            bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return family, address
-    if socket.has_dualstack_ipv6():
-        return socket.AF_INET6, ("::", port)
-    return socket.AF_INET, ("0.0.0.0", port)  # noqa: S104  # all addresses is what was asked for
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
-
-
-@contextlib.contextmanager
-def listen_unix(path: Path) -> Iterator[socket.socket]:
-    """Bind a Unix socket with mode 0600 and unlink it at the end.
-
-    A socket file that nobody listens on any more is replaced.
-
-    Raises:
-        ControlSocketError: the path is in use by a living process, is not a socket, or can't be
-            bound; the sentence names it.
-    """
-    _remove_stale_socket(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            # The mode of the descriptor becomes the mode of the file, so it is never wider.
-            os.fchmod(sock.fileno(), 0o600)
-            sock.bind(str(path))
-            sock.setblocking(False)
-            sock.listen(BACKLOG)
-            identity = path.stat()
-        except OSError as error:
-            raise ControlSocketError(f"listen unix {path}: bind: {_reason(error)}") from error
-        try:
-            yield sock
-        finally:
-            # Another process may have put its own socket there meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == identity.st_ino:
-                    path.unlink()
-    finally:
-        sock.close()
-
-
-def _remove_stale_socket(path: Path) -> None:
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ControlSocketError(f"listen unix {path}: {_reason(error)}") from error
-    if not stat.S_ISSOCK(mode):
-        raise ControlSocketError(f"listen unix {path}: a file that is not a socket is in the way")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise ControlSocketError(f"listen unix {path}: {_reason(error)}") from error
-    raise ControlSocketError(
-        f"listen unix {path}: another kamal-proxy is running; stop it first, or set "
-        "KAMAL_PROXY_SOCKET to another path"
-    )
-
-
-async def accept(
-    listener: socket.socket,
-    poller: Poller,
-    handle: Callable[[SocketStream, Address], Awaitable[None]],
-    *,
-    nursery: trio.Nursery,
-    limiter: trio.Semaphore,
-    on_error: Callable[[OSError], None],
-) -> None:
-    """Accept connections until cancelled, each handled by its own task of ``nursery``.
-
-    Args:
-        listener: A listening, non-blocking socket; the caller closes it.
-        poller: Poller of the streams.
-        handle: Called with each stream and the client's address; it must not raise, and the
-            stream is closed after it.
-        nursery: Where the connections live.
-        limiter: Acquired for each connection, released when it ends.
-        on_error: Told why accepting pauses (out of descriptors, of memory), but not more often
-            than every few seconds.
-    """
-
-    async def serve(stream: SocketStream, address: Address) -> None:
-        try:
-            await handle(stream, address)
-        finally:
-            stream.close()
-            limiter.release()
-
-    told = -math.inf
-
-    def paused(error: OSError) -> None:
-        nonlocal told
-        if trio.current_time() - told > _TELL_INTERVAL:
-            told = trio.current_time()
-            on_error(error)
-
-    while True:
-        await limiter.acquire()
-        try:
-            sock, address = await _accept_one(listener, paused)
-        except BaseException:
-            limiter.release()
-            raise
-        try:
-            stream = poller.open_stream(sock)
-        except OSError as error:
-            sock.close()
-            limiter.release()
-            paused(error)
-            continue
-        nursery.start_soon(serve, stream, address)
-
-
-async def _accept_one(
-    listener: socket.socket, on_error: Callable[[OSError], None]
-) -> tuple[socket.socket, Address]:
-    while True:
-        try:
-            sock, address = listener.accept()
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(listener)
-        except OSError as error:
-            if error.errno in _CAPACITY_ERRNOS:
-                on_error(error)
-                await trio.sleep(0.1)
-            elif error.errno not in _ACCEPT_AGAIN_ERRNOS:
-                raise
-        else:
-            return sock, _client_address(address)
-
-
-def _client_address(address: object) -> Address:
-    """Normalise what accept() tells: IPv4 in IPv6 becomes IPv4, a Unix peer has no address."""
-    if not isinstance(address, tuple):
-        return "", 0
-    host, port = address[:2]
-    return host.removeprefix("::ffff:"), port

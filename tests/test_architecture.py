@@ -21,7 +21,7 @@ LAYERS = [
     {"options"},
     {"balancer", "health", "control.messages", "state_format"},
     {"state", "sockets", "control.client"},
-    {"deployment"},
+    {"deployment", "listeners"},
     {"service"},
     {"router"},
     {"services", "http"},

@@ -33,8 +33,9 @@ from kamal_proxy.sockets import drop
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kamal_proxy.listeners import Address
     from kamal_proxy.logs import Log
-    from kamal_proxy.sockets import Address, SocketStream
+    from kamal_proxy.sockets import SocketStream
 
 MAX_HEAD = 16 * 1024
 MAX_BODY = 1024 * 1024

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from kamal_proxy.http.codec import HeaderPairs
     from kamal_proxy.http.headers import Destination
     from kamal_proxy.http.server import HttpServer
+    from kamal_proxy.listeners import Address
     from kamal_proxy.options import TargetOptions
-    from kamal_proxy.sockets import Address
 
 _NO_HEAD = RequestHead(b"", b"", b"", [], 0)
 

@@ -59,7 +59,20 @@ class ProtocolError(Exception):
         self.status = status
 
 
-class RequestHead:
+class _Head:
+    __slots__ = ("headers",)
+
+    headers: list[Header]
+
+    def get(self, name: bytes) -> bytes:
+        """Return the first value of a header (lower-case name), or nothing."""
+        for lower, _, value in self.headers:
+            if lower == name:
+                return value
+        return b""
+
+
+class RequestHead(_Head):
     """The head of a request.
 
     Attributes:
@@ -70,7 +83,7 @@ class RequestHead:
         length: Bytes of body, or ``CHUNKED``.
     """
 
-    __slots__ = ("headers", "length", "method", "target", "version")
+    __slots__ = ("length", "method", "target", "version")
 
     def __init__(
         self, method: bytes, target: bytes, version: bytes, headers: list[Header], length: int
@@ -81,31 +94,17 @@ class RequestHead:
         self.headers = headers
         self.length = length
 
-    def get(self, name: bytes) -> bytes:
-        """Return the first value of a header (lower-case name), or nothing."""
-        for lower, _, value in self.headers:
-            if lower == name:
-                return value
-        return b""
 
-
-class ResponseHead:
+class ResponseHead(_Head):
     """The head of a response; ``length`` is the body's, ``CHUNKED`` or ``UNTIL_CLOSE``."""
 
-    __slots__ = ("headers", "length", "reason", "status")
+    __slots__ = ("length", "reason", "status")
 
     def __init__(self, status: int, reason: bytes, headers: list[Header], length: int) -> None:
         self.status = status
         self.reason = reason
         self.headers = headers
         self.length = length
-
-    def get(self, name: bytes) -> bytes:
-        """Return the first value of a header (lower-case name), or nothing."""
-        for lower, _, value in self.headers:
-            if lower == name:
-                return value
-        return b""
 
 
 class _Messages:

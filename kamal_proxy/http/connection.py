@@ -11,13 +11,15 @@ import trio
 
 from kamal_proxy.http import pages
 from kamal_proxy.http.access_log import log_request
+from kamal_proxy.http.causes import CLIENT_CLOSED_REQUEST, Cause
 from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec
-from kamal_proxy.http.exchange import CLIENT_CLOSED_REQUEST, Cause, Exchange
+from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
     from kamal_proxy.http.server import HttpServer
-    from kamal_proxy.sockets import Address, SocketStream
+    from kamal_proxy.listeners import Address
+    from kamal_proxy.sockets import SocketStream
 
 _HEAD_READ_SIZE = 16 * 1024
 _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption

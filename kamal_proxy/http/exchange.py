@@ -8,7 +8,6 @@ arriving when its head has been forwarded gets a second task.
 
 from __future__ import annotations
 
-import enum
 import math
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ import trio
 
 from kamal_proxy.http import pages
 from kamal_proxy.http.access_log import log_request
+from kamal_proxy.http.causes import CLIENT_CLOSED_REQUEST, INTERRUPT_STATUS, Cause
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError, RequestHead, ResponseHead
 from kamal_proxy.http.headers import Destination, request_headers, response_headers
 from kamal_proxy.http.upstream import (
@@ -34,35 +34,11 @@ if TYPE_CHECKING:
     from kamal_proxy.http.connection import ClientConnection
     from kamal_proxy.service import Service
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's; for the log, nobody is there to read it
-
 # A client that closes its sending side usually went away, but it may still be reading (RFC 9112
 # 9.6 leaves that open); an answer that comes within this many seconds is still sent.
 GONE_GRACE = 1.0
 
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
-
-
-class Cause(enum.Enum):
-    """Why a client connection's scope was cancelled, or would be at its deadline."""
-
-    IDLE = enum.auto()
-    HEAD_TIMEOUT = enum.auto()
-    BODY_TIMEOUT = enum.auto()
-    TARGET_TIMEOUT = enum.auto()
-    CLIENT_STALLED = enum.auto()
-    CLIENT_GONE = enum.auto()
-    DRAINED = enum.auto()
-    SHUTDOWN = enum.auto()
-
-
-_INTERRUPT_STATUS = {
-    Cause.BODY_TIMEOUT: 408,
-    Cause.TARGET_TIMEOUT: 504,
-    Cause.DRAINED: 504,
-    Cause.CLIENT_STALLED: CLIENT_CLOSED_REQUEST,
-    Cause.CLIENT_GONE: CLIENT_CLOSED_REQUEST,
-}
 
 
 class _Refusal(Exception):
@@ -137,7 +113,7 @@ class Exchange:
                 self._server.log.error(
                     "Error while proxying",
                     target=self._target.name if self._target else "",
-                    path=self._head.target,
+                    path=self._destination.path if self._destination else b"",
                     error=str(error),
                 )
                 return await self._refuse(502)
@@ -163,9 +139,9 @@ class Exchange:
             self._server.log.info(
                 "Request cancelled due to draining",
                 target=self._target.name if self._target else "",
-                path=self._head.target,
+                path=self._destination.path if self._destination else b"",
             )
-        status = _INTERRUPT_STATUS.get(cause, 503)
+        status = INTERRUPT_STATUS.get(cause, 503)
         if status == CLIENT_CLOSED_REQUEST:
             self._status = status
         elif self._response is None:
@@ -203,9 +179,12 @@ class Exchange:
                 raise _Refusal(404)
             service, prefix = found
             self._service = service
+            target = destination.raw
+            if service.options.strip_prefix and prefix != b"/":
+                target = destination.without_prefix(prefix)
             if service.pause.state == "running":
                 break
-            if self._is_health_check(service, destination):
+            if self._is_health_check(service, target):
                 return await self._answer(200, b"", [])
             if service.pause.state == "stopped":
                 raise _Refusal(503, service.pause.stop_message)
@@ -216,16 +195,13 @@ class Exchange:
         options = service.options
         if options.tls_enabled and options.tls_redirect and self._server.scheme == "http":
             return await self._redirect(b"https://" + destination.name.encode() + destination.raw)
-        target = destination.raw
-        if options.strip_prefix and prefix != b"/":
-            target = destination.without_prefix(prefix)
         deployment = self._deployment = service.active
         deployment.begin(self)
         return await self._forward(service, deployment, target)
 
-    def _is_health_check(self, service: Service, destination: Destination) -> bool:
-        path = service.target_options.health_check.path
-        return self._head.method in (b"GET", b"HEAD") and destination.route == path.encode()
+    def _is_health_check(self, service: Service, target: bytes) -> bool:
+        path = service.target_options.health_check.path.encode()
+        return self._head.method in (b"GET", b"HEAD") and target.partition(b"?")[0] == path
 
     async def _forward(self, service: Service, deployment: Deployment, path: bytes) -> bool:
         """Give the request to targets until one has taken it; relay its response."""

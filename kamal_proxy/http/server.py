@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import listeners
+from kamal_proxy.http.causes import Cause
 from kamal_proxy.http.connection import ClientConnection
-from kamal_proxy.http.exchange import Cause
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from kamal_proxy.listeners import Address
     from kamal_proxy.logs import Log
     from kamal_proxy.options import RunOptions
     from kamal_proxy.router import RoutingTable
-    from kamal_proxy.sockets import Address, Poller, SocketStream
+    from kamal_proxy.sockets import Poller, SocketStream
 
 _RESERVED_DESCRIPTORS = 100  # for listeners, probes, the admin API, the saved state
 
@@ -121,7 +122,7 @@ class HttpServer:
         def paused(error: OSError) -> None:
             self.log.error("Accepting connections is paused", port=self.port, error=str(error))
 
-        await sockets.accept(
+        await listeners.accept(
             listener,
             poller,
             self.handle,

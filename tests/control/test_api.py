@@ -18,8 +18,9 @@ from kamal_proxy import DeployOptions, Event, Proxy, RunOptions, ServiceDescript
 from kamal_proxy import __version__ as version
 from kamal_proxy.control.api import MAX_BODY, MAX_HEAD, REQUEST_TIMEOUT, ControlServer
 from kamal_proxy.control.messages import to_json
+from kamal_proxy.listeners import accept, listen_unix
 from kamal_proxy.logs import Log
-from kamal_proxy.sockets import Poller, accept, listen_unix
+from kamal_proxy.sockets import Poller
 from tests.running import Embedded, Lines, open_embedded
 from tests.scripted import Client, ConnectionCut, Peer, Response, Upstream, ok, open_client
 

@@ -48,16 +48,19 @@ DEPLOYS = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.fuzz
 @given(DEPLOYS)
 def test_deploys_survive_the_way(options: DeployOptions) -> None:
     assert from_json(DeployOptions, json.loads(json.dumps(to_json(options)))) == options
 
 
+@pytest.mark.fuzz
 @given(st.builds(Event, event=NAMES, elapsed=SECONDS, ok=st.booleans(), details=LISTS))
 def test_events_survive_the_way(event: Event) -> None:
     assert from_json(Event, json.loads(json.dumps(to_json(event)))) == event
 
 
+@pytest.mark.fuzz
 @given(st.builds(ServiceDescription, name=NAMES, hosts=LISTS, tls=st.booleans()))
 def test_descriptions_survive_the_way(description: ServiceDescription) -> None:
     again = from_json(ServiceDescription, json.loads(json.dumps(to_json(description))))
@@ -142,6 +145,7 @@ def test_whole_numbers_and_nulls_of_other_clients_are_taken() -> None:
     assert options.service_options.hosts == ()
 
 
+@pytest.mark.fuzz
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
