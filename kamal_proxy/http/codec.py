@@ -9,6 +9,7 @@ no target ever sees a client's own framing.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from urllib.parse import quote_from_bytes
 
 import h11
 
@@ -48,6 +49,7 @@ CHUNKED: Final = -1
 UNTIL_CLOSE: Final = -2
 
 _CRLF = b"\r\n"
+_ASCII = bytes(range(128))
 _RESUME = 3  # bytes of a blank line that an earlier read may have brought
 
 
@@ -209,7 +211,7 @@ class ServerCodec(_Messages):
             return None
         lengths = head.lower().count(b"\r\ncontent-length:", 0, end)
         data = bytes(head)
-        self._parser.receive_data(data)
+        self._parser.receive_data(_ascii_target(data))
         head.clear()
         self._scanned = 0
         event = self._next_event()
@@ -360,6 +362,15 @@ class ClientCodec(_Messages):
             return False  # bytes that nobody asked for make the next answer doubtful
         parser.start_next_cycle()
         return True
+
+
+def _ascii_target(data: bytes) -> bytes:
+    """Percent-encode a request target that is not ASCII: some clients send plain UTF-8."""
+    end = data.index(_CRLF)
+    if data[:end].isascii():
+        return data
+    method, space, target = data[:end].partition(b" ")
+    return method + space + quote_from_bytes(target, safe=_ASCII).encode() + data[end:]
 
 
 class _Fields(Protocol):

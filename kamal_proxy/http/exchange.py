@@ -277,7 +277,7 @@ class Exchange:
             request += upstream.codec.end(self._codec.trailers)
         broken = False
         try:
-            await upstream.stream.send(request)
+            await upstream.send(request)
         except trio.BrokenResourceError:
             broken = True  # but it may have answered before it closed
         if complete or broken:
@@ -349,7 +349,7 @@ class Exchange:
                 if self._response is None:
                     self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
                 try:
-                    await upstream.stream.send(b"".join(parts))
+                    await upstream.send(b"".join(parts))
                 except trio.BrokenResourceError:
                     return  # the target stopped listening; its response may still come
             if self._codec.received:

@@ -38,13 +38,26 @@ class ConnectError(Exception):
 class UpstreamConnection:
     """One connection to a target. ``reused`` says whether it has carried a request before."""
 
-    __slots__ = ("codec", "idle_since", "reused", "stream")
+    __slots__ = ("_sending", "codec", "idle_since", "reused", "stream")
 
     def __init__(self, stream: SocketStream, codec: ClientCodec) -> None:
         self.stream = stream
         self.codec = codec
         self.reused = False
         self.idle_since = 0.0
+        self._sending = False
+
+    async def send(self, data: bytes) -> None:
+        """Send what the codec has framed."""
+        self._sending = True
+        await self.stream.send(data)
+        self._sending = False
+
+    def next_cycle(self) -> bool:
+        """Get ready for another request; False if the connection can't be used again."""
+        # The codec believes that everything it framed was sent. What was left out by a broken or
+        # cancelled send, the target would take from the next request.
+        return not self._sending and self.codec.next_cycle()
 
 
 class UpstreamPool:
@@ -108,7 +121,7 @@ class UpstreamPool:
 
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose exchange has ended; kept only if it can be used again."""
-        if self._closed or not connection.codec.next_cycle():
+        if self._closed or not connection.next_cycle():
             connection.stream.close()
             return
         now = trio.current_time()

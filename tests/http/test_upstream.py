@@ -160,6 +160,28 @@ async def test_one_in_the_middle_of_an_exchange_is_not_kept(
     assert len(place.poller) == 0
 
 
+async def test_one_that_has_not_sent_all_it_framed_is_not_kept(
+    place: Place, autojump_clock: MockClock
+) -> None:
+    """Whatever comes next would be read as the rest of the request."""
+    connection = await place.pool.connect()
+    codec = connection.codec
+    framed = codec.request(b"PUT", b"/", [(b"Host", b"web"), (b"Content-Length", b"4000000")])
+    framed += codec.body(bytes(4_000_000)) + codec.end()
+    with trio.move_on_after(1) as scope:
+        await connection.send(framed)
+    assert scope.cancelled_caught
+    codec.receive_data(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    assert codec.next_response() is not None
+    assert codec.next_body() is None
+    assert codec.received
+
+    place.pool.release(connection)
+
+    assert place.pool.take_idle(MAX_IDLE_AGE) is None
+    assert len(place.poller) == 0
+
+
 async def test_a_closed_pool_keeps_nothing(place: Place, autojump_clock: MockClock) -> None:
     idle, busy = await place.used(), await place.used()
     place.pool.release(idle)
