@@ -12,10 +12,13 @@ RATE ?= 200
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
+SOAK_SWITCHES ?= 150
+export FUZZ_EXAMPLES ?= 20000
+export LEAK_ROUNDS ?= 1000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo run test lint format bench clean
+.PHONY: help build demo run test lint format bench sanitize fuzz soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -55,6 +58,15 @@ format: $(BUILT) ## format the code
 
 bench: $(BUILT) ## measure CPU per request and memory beside nginx (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.http_cpu $(BENCH_FLAGS)
+
+sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (LEAK_ROUNDS=1000000)
+	@.ci/sanitize $(BIN)/python
+
+fuzz: $(BUILT) ## try many more inputs, a quarter of an hour (FUZZ_EXAMPLES=20000)
+	@$(BIN)/python -m pytest -m fuzz --hypothesis-profile=fuzz -o faulthandler_timeout=3600 $(TEST_FLAGS)
+
+soak: $(BUILT) ## the demo for ten minutes: the proxy must not grow (SOAK_SWITCHES=150)
+	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
 
 clean: ## remove everything that was built, and the state that make run kept
 	@rm -rf $(VENV) $(PRIVATE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

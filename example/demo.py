@@ -3,7 +3,7 @@
 Starts the installed command, instances of webapp.py and the load of load.py as processes, and
 drives the proxy as a user would, through ``kamal-proxy deploy``. As soon as a deploy returns, the
 instance it replaced is killed without warning. Exits with 1 unless every request was answered by
-an instance that was allowed to.
+an instance that was allowed to, and the proxy gave back the memory and the descriptors it took.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from example.footprint import MIB, Growth, descriptors_of, memory_of
 from example.load import Request
 from example.verdict import Deploy, Verdict, judge
 
@@ -38,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 SERVICE = "web"
 START_SECONDS = 10.0
 FAILURES_SHOWN = 5
+CROSSINGS_SHOWN = 10
 
 
 class DemoError(Exception):
@@ -58,6 +60,8 @@ class Settings:
         slow_connections: Clients that always have one slow request in flight.
         slow_seconds: How long a slow request takes at most.
         boot_seconds: How long a new instance answers 503.
+        max_growth: MiB by which the memory of the proxy may grow once it has seen a switch.
+        settle_seconds: How long it may take to close the descriptors of clients that are gone.
     """
 
     proxy: Path
@@ -69,6 +73,8 @@ class Settings:
     slow_connections: int
     slow_seconds: float
     boot_seconds: float
+    max_growth: float
+    settle_seconds: float
 
 
 @attrs.frozen
@@ -95,8 +101,8 @@ class Demo:
     failures: int = 0
     _expected: str = ""
 
-    async def run(self) -> Verdict:
-        """Carry it out and return what was measured.
+    async def run(self) -> tuple[Verdict, Growth]:
+        """Carry it out and return what was measured, of the clients and of the proxy.
 
         Raises:
             DemoError: a process or a deploy failed, inside an exception group.
@@ -105,16 +111,17 @@ class Demo:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch_signals)
-                    await self._start_proxy(log, nursery)
-                    await self._drive(nursery)
+                    proxy = await self._start_proxy(log, nursery)
+                    growth = await self._drive(proxy.pid, nursery)
                     nursery.cancel_scope.cancel(reason="the demonstration is complete")
             finally:
                 await self._end_processes()
-        return judge(self.requests, self.deploys)
+        return judge(self.requests, self.deploys), growth
 
-    async def _drive(self, nursery: trio.Nursery) -> None:
+    async def _drive(self, proxy: int, nursery: trio.Nursery) -> Growth:
         settings = self.settings
         current = await self._start_instance(1)
+        descriptors = descriptors_of(proxy)
         await self._deploy(current)
         load = await self._start_load()
         self.say(
@@ -126,12 +133,23 @@ class Demo:
         nursery.start_soon(self._report_progress)
         for number in range(1, settings.switches + 1):
             await trio.sleep(settings.steady)
+            if number == min(2, settings.switches):  # what a first switch loads is no leak
+                memory = memory_of(proxy)
             self.say(f"switch {number} of {settings.switches}", "bold")
             current = await self._switch(current, number + 1)
         await trio.sleep(settings.steady)
+        growth = Growth(
+            memory, memory_of(proxy), round(settings.max_growth * MIB), descriptors, descriptors
+        )
         assert load.stdin is not None
         await load.stdin.aclose()
         await reader_done.wait()
+        await self._command("remove", SERVICE)
+        with trio.move_on_after(settings.settle_seconds):
+            # It notices by and by that the clients are gone; that offers no event either.
+            while descriptors_of(proxy) > descriptors:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        return attrs.evolve(growth, descriptors_after=descriptors_of(proxy))
 
     async def _switch(self, old: Instance, number: int) -> Instance:
         new = await self._start_instance(number)
@@ -141,7 +159,7 @@ class Demo:
         self.say(f"{old.name} killed")
         return new
 
-    async def _start_proxy(self, log: IO[bytes], nursery: trio.Nursery) -> None:
+    async def _start_proxy(self, log: IO[bytes], nursery: trio.Nursery) -> trio.Process:
         command = [str(self.settings.proxy), "run", "--http-port", str(self.port)]
         process = await self._open(command, stdout=log, stderr=log)
         nursery.start_soon(self._watch_proxy, process)
@@ -150,7 +168,7 @@ class Demo:
             while not await _accepts(self.port):  # noqa: ASYNC110
                 await trio.sleep(0.02)
             self.say(f"proxy on http://127.0.0.1:{self.port} ({as_typed(command)})")
-            return
+            return process
         raise DemoError(f"the proxy did not listen within {START_SECONDS:g} s\n{self._log_end()}")
 
     async def _watch_proxy(self, process: trio.Process) -> None:
@@ -180,10 +198,16 @@ class Demo:
         raise DemoError(f"{name} did not start")
 
     async def _deploy(self, instance: Instance) -> None:
-        command = [str(self.settings.proxy), "deploy", SERVICE, f"--target={instance.target}"]
-        self.say(f"$ {as_typed(command)}", "cyan")
         self._expected = instance.name
         began = time.monotonic()
+        await self._command("deploy", SERVICE, f"--target={instance.target}")
+        deploy = Deploy(instance.name, began, time.monotonic())
+        self.deploys.append(deploy)
+        self.say(f"deploy returned after {deploy.returned - deploy.began:.2f} s")
+
+    async def _command(self, *arguments: str) -> None:
+        command = [str(self.settings.proxy), *arguments]
+        self.say(f"$ {as_typed(command)}", "cyan")
         done = await trio.run_process(
             command,
             capture_stdout=True,
@@ -192,11 +216,8 @@ class Demo:
             env=self._environment(),
             start_new_session=True,
         )
-        deploy = Deploy(instance.name, began, time.monotonic())
         if done.returncode:
-            raise DemoError(f"the deploy of {instance.name} failed:\n{done.stderr.decode()}")
-        self.deploys.append(deploy)
-        self.say(f"deploy returned after {deploy.returned - deploy.began:.2f} s")
+            raise DemoError(f"{as_typed(command)} failed:\n{done.stderr.decode()}")
 
     async def _start_load(self) -> trio.Process:
         settings = self.settings
@@ -288,7 +309,7 @@ class Demo:
         self.console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
-def show(verdict: Verdict, console: Console) -> None:
+def show(verdict: Verdict, growth: Growth, console: Console) -> None:
     """Print the table of what was measured, and what it means."""
     table = Table(
         title="What the clients noticed", title_justify="left", show_header=False, safe_box=True
@@ -296,6 +317,8 @@ def show(verdict: Verdict, console: Console) -> None:
     table.add_column()
     table.add_column(justify="right")
     crossing = [switch.crossing for switch in verdict.switches]
+    if len(crossing) > CROSSINGS_SHOWN:
+        crossing = [sum(crossing)]
     for name, value in (
         ("requests", f"{verdict.requests:,}"),
         ("of these slow on purpose", f"{verdict.slow_requests:,}"),
@@ -309,6 +332,8 @@ def show(verdict: Verdict, console: Console) -> None:
         ("99th percentile", _milliseconds(verdict.p99)),
         ("slowest request", _milliseconds(verdict.slowest)),
         ("slowest request during a switch", _milliseconds(verdict.slowest_switching)),
+        ("memory of the proxy, before and after", growth.memory_text),
+        ("its descriptors, before the first deploy and after all", growth.descriptors_text),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -316,6 +341,8 @@ def show(verdict: Verdict, console: Console) -> None:
         console.print("Every request was answered by an instance that was allowed to.")
     else:
         console.print("The deploys were noticed: see the failures above.", style="bold red")
+    for leak in growth.leaks:
+        console.print(leak, style="bold red")
 
 
 def free_port(preferred: int) -> int:
@@ -361,14 +388,19 @@ def settings_from(argv: list[str] | None) -> Settings:
     installed = Path(sys.executable).with_name("kamal-proxy")
     parser.add_argument("--proxy", type=Path, default=installed, help="the command to show")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--switches", type=int, default=5)
+    parser.add_argument("--switches", type=int, default=5, help="at least one")
     parser.add_argument("--steady", type=float, default=2.0, help="seconds between switches")
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second, in all")
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--slow-connections", type=int, default=2)
     parser.add_argument("--slow-seconds", type=float, default=1.5)
     parser.add_argument("--boot-seconds", type=float, default=0.5)
-    return Settings(**vars(parser.parse_args(argv)))
+    parser.add_argument("--max-growth", type=float, default=2.0, help="MiB of the proxy's memory")
+    parser.add_argument("--settle-seconds", type=float, default=10.0)
+    settings = Settings(**vars(parser.parse_args(argv)))
+    if settings.switches < 1:
+        parser.error("--switches must be at least 1")
+    return settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -378,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="kamal-proxy-demo-") as folder:
             demo = Demo(settings, free_port(settings.port), Path(folder), console)
-            verdict = trio.run(demo.run)
+            verdict, growth = trio.run(demo.run)
     except* (DemoError, OSError) as group:
         errors.extend(str(error) for error in leaves(group))
     except* KeyboardInterrupt:
@@ -387,8 +419,8 @@ def main(argv: list[str] | None = None) -> int:
         for error in errors:
             print(f"Error: {error}", file=sys.stderr)
         return 1
-    show(verdict, console)
-    return 0 if verdict.clean else 1
+    show(verdict, growth, console)
+    return 0 if verdict.clean and not growth.leaks else 1
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

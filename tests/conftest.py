@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fuzzing import register_profile
 from tests.running import Command, Embedded, open_command, open_directory, open_embedded
 from tests.scripted import Client, Upstream, open_client, open_upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+register_profile()
 
 
 @pytest.fixture

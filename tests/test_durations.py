@@ -104,6 +104,7 @@ def test_format(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
+@pytest.mark.fuzz
 @given(st.integers(-(10**15), 10**15))
 def test_formatting_and_parsing_are_inverse(nanoseconds: int) -> None:
     text = format_duration(from_nanoseconds(nanoseconds))
@@ -111,12 +112,14 @@ def test_formatting_and_parsing_are_inverse(nanoseconds: int) -> None:
     assert to_nanoseconds(parse_duration(text)) == nanoseconds
 
 
+@pytest.mark.fuzz
 @given(st.floats(-1e9, 1e9))
 def test_seconds_are_kept_to_the_nanosecond(seconds: float) -> None:
     again = parse_duration(format_duration(seconds))
     assert abs(again - seconds) <= max(1e-9, abs(seconds) * 1e-15)
 
 
+@pytest.mark.fuzz
 @given(st.text("0123456789.+-nuµmsh \n\udcff", max_size=12) | st.text(max_size=6))
 def test_any_text_is_a_duration_or_refused(text: str) -> None:
     try:

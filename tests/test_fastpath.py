@@ -6,11 +6,12 @@ import importlib.machinery
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kamal_proxy import _fastpath
 from kamal_proxy._fastpath import ChunkScanner, scan_head
+from tests.fuzzing import at_least
 from tests.reference import chunks
 from tests.reference import head as reference
 
@@ -69,13 +70,15 @@ def test_verdicts(data: bytes, result: int | str) -> None:
     assert expected(data) == result
 
 
-@settings(deadline=None, max_examples=400)
+@pytest.mark.fuzz
+@at_least(400)
 @given(st.one_of(HEADS, CLEAN))
 def test_agrees_with_its_twin(data: bytes) -> None:
     assert verdict(data) == expected(data)
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.mark.fuzz
+@at_least(150)
 @given(st.one_of(HEADS, CLEAN))
 def test_resumed_after_any_prefix_says_the_same(data: bytes) -> None:
     for size in range(len(data) + 1):
@@ -83,7 +86,8 @@ def test_resumed_after_any_prefix_says_the_same(data: bytes) -> None:
             assert verdict(data, max(0, size - 3)) == verdict(data), size
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.mark.fuzz
+@at_least(150)
 @given(st.one_of(HEADS, CLEAN), st.data())
 def test_fed_in_pieces_says_the_same_as_whole(data: bytes, draws: st.DataObject) -> None:
     buffer = bytearray()
@@ -195,7 +199,8 @@ def test_chunk_verdicts(data: bytes, result: tuple[int, bool] | str) -> None:
     assert followed(data, list(range(len(data)))) == result
 
 
-@settings(deadline=None, max_examples=400)
+@pytest.mark.fuzz
+@at_least(400)
 @given(CHUNKS, st.data())
 def test_chunks_agree_with_their_twin(data: bytes, draws: st.DataObject) -> None:
     cuts = draws.draw(st.lists(st.integers(0, len(data)), max_size=5))

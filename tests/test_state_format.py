@@ -385,6 +385,7 @@ services = st.builds(
 )
 
 
+@pytest.mark.fuzz
 @given(st.lists(services, max_size=3, unique_by=lambda service: service.name))
 def test_every_state_survives(saved: list[SavedService]) -> None:
     content = encode(saved)
@@ -404,6 +405,7 @@ def test_the_strategy_states_every_option() -> None:
     assert set(written["target_options"]["health_check_config"]) == health_check
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=60) | st.text('[]{}",:0123name e-+.\\u', max_size=60).map(str.encode))
 def test_noise_is_refused_or_can_be_written_again(content: bytes) -> None:
     with contextlib.suppress(StateFormatError):

@@ -295,6 +295,7 @@ TEXTS = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.fuzz
 @given(st.lists(TEXTS, max_size=6))
 def test_any_arguments_are_read_or_refused_with_a_sentence(argv: list[str]) -> None:
     try:
@@ -307,6 +308,7 @@ def test_any_arguments_are_read_or_refused_with_a_sentence(argv: list[str]) -> N
         assert again.tokens() == found.tokens()
 
 
+@pytest.mark.fuzz
 @given(st.lists(TEXTS, max_size=6))
 def test_any_command_line_names_a_command_or_is_refused(argv: list[str]) -> None:
     index = arguments.find_word(argv)
@@ -319,6 +321,7 @@ def test_any_command_line_names_a_command_or_is_refused(argv: list[str]) -> None
         assert str(error)  # noqa: PT017
 
 
+@pytest.mark.fuzz
 @given(st.text(max_size=20))
 def test_quoted_texts_are_printable(text: str) -> None:
     assert arguments.quote(text).isprintable()

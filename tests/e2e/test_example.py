@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from example.footprint import MIB, Growth, descriptors_of, memory_of
 from example.load import Request, instance_in
 from example.verdict import Deploy, Switch, judge, percentile
 
@@ -275,11 +277,42 @@ def test_percentile_is_by_nearest_rank() -> None:
     assert math.isnan(percentile([], 50))
 
 
+# --- what the proxy occupies ---------------------------------------------------------------------
+
+
+def test_what_a_process_occupies_is_seen() -> None:
+    memory, descriptors = memory_of(os.getpid()), descriptors_of(os.getpid())
+    kept = b"x" * (32 * MIB)
+    with socket.socket():
+        assert descriptors_of(os.getpid()) == descriptors + 1
+    assert descriptors_of(os.getpid()) == descriptors
+    assert memory_of(os.getpid()) - memory > 16 * MIB
+    del kept
+
+
+@pytest.mark.parametrize(
+    ("growth", "leaks"),
+    [
+        (Growth(30 * MIB, 31 * MIB, MIB, 12, 12), ()),
+        (Growth(30 * MIB, 28 * MIB, 0, 12, 11), ()),
+        (
+            Growth(30 * MIB, 33 * MIB, 2 * MIB, 12, 12),
+            ("The proxy's memory grew by 3.0 MiB; 2 MiB are allowed.",),
+        ),
+        (Growth(30 * MIB, 30 * MIB, MIB, 12, 15), ("The proxy left 3 descriptors open.",)),
+    ],
+)
+def test_what_grew_is_named(growth: Growth, leaks: tuple[str, ...]) -> None:
+    assert growth.leaks == leaks
+
+
 # --- the demonstration ---------------------------------------------------------------------------
 
 # Deploys at once, waits for nothing, drains nothing: connections stay with the old instance.
+# KEPT and HOARDED are what it never gives back: descriptors of each connection, and memory.
 CARELESS_PROXY = """\
 import os, pathlib, select, socket, socketserver, sys
+hoard, KEPT, HOARDED = [], 0, 0
 target = pathlib.Path(os.environ["HOME"], "target")
 
 class Relay(socketserver.BaseRequestHandler):
@@ -287,6 +320,7 @@ class Relay(socketserver.BaseRequestHandler):
         if not target.exists():
             return
         with socket.create_connection(("127.0.0.1", int(target.read_text()))) as upstream:
+            hoard.append([os.dup(upstream.fileno()) for _ in range(KEPT)])
             other = {self.request: upstream, upstream: self.request}
             while True:
                 for one in select.select(list(other), [], [])[0]:
@@ -294,6 +328,7 @@ class Relay(socketserver.BaseRequestHandler):
                     if not data:
                         return
                     other[one].sendall(data)
+                    hoard.append(b"x" * HOARDED)
 
 class Server(socketserver.ThreadingTCPServer):
     daemon_threads = allow_reuse_address = True
@@ -302,7 +337,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 if sys.argv[1] == "deploy":
     target.write_text(sys.argv[3].rpartition(":")[2])
-else:
+elif sys.argv[1] == "run":
     Server(("127.0.0.1", int(sys.argv[3])), Relay).serve_forever()
 """
 
@@ -324,7 +359,23 @@ def test_demo_fails_with_a_careless_proxy(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failure: " in done.stdout
     assert "The deploys were noticed" in done.stdout
+    assert "The proxy" not in done.stdout, "it gave back what it took"
     assert done.stderr == ""
+
+
+def test_demo_fails_with_a_leaking_proxy(tmp_path: Path) -> None:
+    proxy = tmp_path / "leaking-proxy"
+    leaking = CARELESS_PROXY.replace("KEPT, HOARDED = [], 0, 0", "KEPT, HOARDED = [], 1, 50_000")
+    assert leaking != CARELESS_PROXY
+    proxy.write_text(f"#!{sys.executable}\n{leaking}")
+    proxy.chmod(0o755)
+
+    flags = ["--switches=1", "--steady=0.5", "--boot-seconds=0", "--port=0", "--settle-seconds=1"]
+    done = run_demo(proxy, *flags)
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "The proxy's memory grew by " in done.stdout
+    assert re.search(r"The proxy left \d+ descriptors open", done.stdout)
 
 
 def test_demo_says_why_a_proxy_does_not_start(tmp_path: Path) -> None:

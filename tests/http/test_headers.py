@@ -5,11 +5,12 @@ from __future__ import annotations
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kamal_proxy.http.codec import CHUNKED, Header, ProtocolError, RequestHead, ResponseHead
 from kamal_proxy.http.headers import Destination, request_headers, response_headers
+from tests.fuzzing import at_least
 
 Pairs = list[tuple[str, str]]
 
@@ -214,7 +215,8 @@ ENCODED = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=300)
+@pytest.mark.fuzz
+@at_least(300)
 @given(ENCODED, ENCODED)
 def test_stripping_is_the_same_raw_and_decoded(front: str, rest: str) -> None:
     prefix = Destination(head(target="/" + front.strip("/"))).route
