@@ -190,8 +190,6 @@ class Deployment:
         """
         self.retired = True
         self._drain_timeout = drain_timeout
-        for target in self.targets:
-            target.health.state = TargetState.DRAINING
         self._probing.cancel(reason="retired")
 
     @property
@@ -223,7 +221,11 @@ class Deployment:
         while True:
             started = trio.current_time()
             last = target.health.last
-            result = await self._probe(target, self._health_check)
+            try:
+                result = await self._probe(target, self._health_check)
+            except Exception as error:  # a bug must cost one probe, not the proxy
+                self._log.error("Probe failed", target=target.name, error=repr(error))
+                result = ProbeResult(False, f"internal error: {error!r}", "")
             if self.retired:
                 return
             was = target.health.record(result)

@@ -15,7 +15,6 @@ class TargetState(enum.StrEnum):
     ADDING = "adding"
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
-    DRAINING = "draining"
 
 
 @attrs.frozen
@@ -49,14 +48,9 @@ class Health:
     _retry: float = FIRST_RETRY
 
     def record(self, result: ProbeResult) -> TargetState | None:
-        """Take a result; return the previous state if it changed.
-
-        A draining target stays what it is, whatever a probe that was under way says.
-        """
+        """Take a result; return the previous state if it changed."""
         self.last = result
         before = self.state
-        if before is TargetState.DRAINING:
-            return None
         if result.ok:
             self.state = TargetState.HEALTHY
         elif before is TargetState.HEALTHY:

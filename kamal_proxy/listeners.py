@@ -40,6 +40,8 @@ _ACCEPT_AGAIN_ERRNOS = {
     errno.ENONET,
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
+    errno.EOPNOTSUPP,
+    errno.ETIMEDOUT,
 }
 _TELL_INTERVAL = 10.0  # seconds
 

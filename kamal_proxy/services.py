@@ -58,6 +58,7 @@ class Services:
         self._probe = probe
         self._connect = connect
         self._commit = trio.Lock()
+        self._saving = trio.CapacityLimiter(1)
         self._draining: list[tuple[str, Deployment]] = []
         self._nursery: trio.Nursery | None = None
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
@@ -221,7 +222,8 @@ class Services:
         """
         if self._state is not None:
             saved = [_saved(service) for service in routes]
-            await trio.to_thread.run_sync(self._state.save, saved)
+            # A limiter of its own: no slow name service may hold this up.
+            await trio.to_thread.run_sync(self._state.save, saved, limiter=self._saving)
         self.routes = routes
 
     async def _wait_drained(self, deployment: Deployment, report: _Report) -> DrainResult:

@@ -35,6 +35,7 @@ _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READABLE = select.EPOLLIN | _HUNG_UP
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
+_MAX_LOOKUPS = 20
 _DROP_TIMEOUT = 2.0  # seconds
 _DROP_BYTES = 4 * 1024 * 1024
 
@@ -44,6 +45,8 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        #: Bounds the threads that wait for a name service.
+        self.lookups = trio.CapacityLimiter(_MAX_LOOKUPS)
         self._streams: dict[int, SocketStream] = {}
 
     def __len__(self) -> int:
@@ -56,8 +59,8 @@ class Poller:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream = SocketStream(sock, self)
-        self._streams[sock.fileno()] = stream
         self._epoll.register(sock.fileno(), _EDGES)
+        self._streams[sock.fileno()] = stream
         return stream
 
     def forget(self, fd: int) -> None:
@@ -320,14 +323,32 @@ async def drop(stream: SocketStream) -> None:
             received += len(data)
 
 
-async def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+async def resolve(
+    host: str, port: int, limiter: trio.CapacityLimiter
+) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
     """Return the addresses of a TCP service, in the resolver's order.
 
+    Args:
+        host: Name or address.
+        port: Port.
+        limiter: Of the threads that wait for the name service. One that was cancelled goes on
+            until the name service answers.
+
     Raises:
-        socket.gaierror: the name can't be resolved.
+        OSError: the name can't be resolved, or no thread can be had for it.
+        UnicodeError: the name is malformed.
     """
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [(family, address) for family, _, _, _, address in found]
+
+    def look_up(flags: int) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        return [(family, address) for family, _, _, _, address in found]
+
+    with contextlib.suppress(socket.gaierror):
+        return look_up(socket.AI_NUMERICHOST)
+    try:
+        return await trio.to_thread.run_sync(look_up, 0, abandon_on_cancel=True, limiter=limiter)
+    except RuntimeError as error:  # the process may start no more threads
+        raise OSError(errno.EAGAIN, str(error)) from error
 
 
 async def connect(

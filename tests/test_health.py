@@ -10,7 +10,7 @@ from kamal_proxy.health import FIRST_RETRY, Health, ProbeResult, TargetState
 
 GOOD = ProbeResult(True, "status 200", "http://a:80/up")
 BAD = ProbeResult(False, "connection refused", "http://a:80/up")
-ADDING, HEALTHY, UNHEALTHY, DRAINING = TargetState
+ADDING, HEALTHY, UNHEALTHY = TargetState
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,6 @@ ADDING, HEALTHY, UNHEALTHY, DRAINING = TargetState
         (HEALTHY, BAD, UNHEALTHY),
         (UNHEALTHY, GOOD, HEALTHY),
         (UNHEALTHY, BAD, UNHEALTHY),
-        # A probe may finish in the very moment in which its deployment is retired.
-        (DRAINING, GOOD, DRAINING),
-        (DRAINING, BAD, DRAINING),
     ],
 )
 def test_transitions(before: TargetState, result: ProbeResult, after: TargetState) -> None:

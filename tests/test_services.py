@@ -41,7 +41,9 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     Like the real one, this notices a cancellation before the call and never after it.
     """
 
-    async def run_sync(call: Callable[..., object], *arguments: object) -> object:
+    async def run_sync(
+        call: Callable[..., object], *arguments: object, limiter: trio.CapacityLimiter
+    ) -> object:
         await trio.lowlevel.checkpoint_if_cancelled()
         result = call(*arguments)
         await trio.lowlevel.cancel_shielded_checkpoint()

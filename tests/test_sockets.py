@@ -622,5 +622,6 @@ async def test_a_cancelled_connect_leaves_nothing(
 
 
 async def test_resolves_addresses() -> None:
-    assert await sockets.resolve("127.0.0.1", 80) == [(socket.AF_INET, ("127.0.0.1", 80))]
-    assert await sockets.resolve("::1", 81) == [(socket.AF_INET6, ("::1", 81, 0, 0))]
+    limiter = trio.CapacityLimiter(1)
+    assert await sockets.resolve("127.0.0.1", 80, limiter) == [(socket.AF_INET, ("127.0.0.1", 80))]
+    assert await sockets.resolve("::1", 81, limiter) == [(socket.AF_INET6, ("::1", 81, 0, 0))]

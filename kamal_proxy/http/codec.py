@@ -49,6 +49,7 @@ CHUNKED: Final = -1
 UNTIL_CLOSE: Final = -2
 
 _CRLF = b"\r\n"
+_MANY_PARTS = 64
 _ASCII = bytes(range(128))
 _RESUME = 3  # bytes of a blank line that an earlier read may have brought
 
@@ -59,6 +60,7 @@ class ProtocolError(Exception):
     def __init__(self, reason: str, status: int = 400) -> None:
         super().__init__(reason)
         self.status = status
+        self.body = b""  # what came of a body before its framing was broken
 
 
 class _Head:
@@ -117,6 +119,7 @@ class _Messages:
     def __init__(self) -> None:
         self.received = False  # the message has arrived whole
         self.trailers: HeaderPairs = []
+        self.is_costly = False  # the body came in very many parts lately
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the peer; ``b""`` says that it closed its side."""
@@ -142,11 +145,31 @@ class _Messages:
             ]
         return None
 
+    def take_body(self) -> bytes:
+        """Return all that is here of the body, joined; ``received`` tells whether that was the end.
+
+        Raises:
+            ProtocolError: the peer broke the framing, or closed before the end of the body; its
+                ``body`` is what came before that.
+        """
+        parts = []
+        try:
+            while (data := self.next_body()) is not None:
+                parts.append(data)
+        except ProtocolError as error:
+            error.body = b"".join(parts)
+            raise
+        self.is_costly = len(parts) > _MANY_PARTS
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     def _next_event(self) -> object:
         try:
-            return self._parser.next_event()
+            event = self._parser.next_event()
         except h11.RemoteProtocolError as error:
             raise ProtocolError(str(error), error.error_status_hint) from error
+        if event is h11.PAUSED:
+            raise ProtocolError("data where no message can be")
+        return event
 
     def _write(self, event: h11.Event) -> bytes:
         """Render what is to be sent; what came from one peer may be impossible to tell another."""

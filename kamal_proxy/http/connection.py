@@ -102,7 +102,7 @@ class ClientConnection:
 
     async def _interrupted(self) -> bool:
         cause = self.cause
-        with trio.move_on_after(_ANSWER_TIMEOUT) as self.scope:
+        with trio.move_on_after(_ANSWER_TIMEOUT), trio.CancelScope() as self.scope:
             if self._exchange is not None:
                 self.cause = Cause.IDLE
                 try:
@@ -118,6 +118,9 @@ class ClientConnection:
 
     async def _next_head(self) -> RequestHead | None:
         """Wait for the next request; None when the client closed."""
+        if self.codec.has_partial_head:
+            # Pipelined requests must not keep the others waiting.
+            await trio.lowlevel.checkpoint()
         head = self.codec.next_request()
         if head is not None:
             return head
@@ -138,7 +141,7 @@ class ClientConnection:
             head = self.codec.next_request()
             if head is not None:
                 return head
-            if not begun:
+            if not begun and self.codec.has_partial_head:
                 self.move_deadline(options.head_timeout, Cause.HEAD_TIMEOUT)
 
     async def _reject(self, status: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from uuid import uuid4
 
 import trio
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # 9.6 leaves that open); an answer that comes within this many seconds is still sent.
 GONE_GRACE = 1.0
 
+_MAX_INFORMATIONAL = 100  # 1xx responses before the final one
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 
@@ -66,6 +67,7 @@ class Exchange:
     """One request on a client connection; a :class:`kamal_proxy.deployment.InFlight`."""
 
     __slots__ = (
+        "_awaits_continue",
         "_client",
         "_codec",
         "_connection",
@@ -103,6 +105,8 @@ class Exchange:
         self._uploading = False
         self._upload_failure: _Refusal | _ClientGone | None = None
         self._gone = False
+        # A client that rightly waits for 100 Continue owes no body yet.
+        self._awaits_continue = head.get(b"expect").lower() == b"100-continue"
 
     async def run(self) -> bool:
         """Serve the request; return whether the connection can be used for another."""
@@ -149,11 +153,8 @@ class Exchange:
 
     def finish(self) -> None:
         """Leave the deployment and write the log line; called exactly once."""
-        if self._deployment is not None:
-            self._deployment.end(self)
-            if self._target is not None:
-                self._target.in_flight -= 1
         service, target = self._service, self._target
+        self._leave_deployment()
         log_request(
             self._server,
             self._connection.address,
@@ -213,9 +214,13 @@ class Exchange:
         while True:
             target = deployment.choose(failed)
             if target is None:
-                if failed:
+                if not failed:
+                    raise _Refusal(503)
+                if not deployment.retired:
                     raise _TargetFailed(reason)
-                raise _Refusal(503)
+                # A deploy has replaced these targets, and none has taken the request yet.
+                self._leave_deployment()
+                return await self._route()
             self._assign(target)
             pool = target.connections
             assert isinstance(pool, UpstreamPool)
@@ -240,6 +245,14 @@ class Exchange:
                 # Releasing closes whatever has not ended well on both sides.
                 pool.release(upstream)
             return usable
+
+    def _leave_deployment(self) -> None:
+        if self._target is not None:
+            self._target.in_flight -= 1
+            self._target = None
+        if self._deployment is not None:
+            self._deployment.end(self)
+            self._deployment = None
 
     def _assign(self, target: Target) -> None:
         if self._target is not None:
@@ -273,8 +286,6 @@ class Exchange:
         # What has arrived of the body travels along; most requests are whole now.
         request += self._body_nowait(upstream)
         complete = self._codec.received
-        if complete:
-            request += upstream.codec.end(self._codec.trailers)
         broken = False
         try:
             await upstream.send(request)
@@ -287,22 +298,23 @@ class Exchange:
         )
 
     def _body_nowait(self, upstream: UpstreamConnection) -> bytes:
-        framed = b"".join(self._parsed_body(upstream))
+        framed = self._parsed_body(upstream)
         if not self._codec.received:
             data = self._client.receive_nowait()
             if data == b"":
                 raise _ClientGone
             if data is not None:
                 self._codec.receive_data(data)
-                framed += b"".join(self._parsed_body(upstream))
+                framed += self._parsed_body(upstream)
         return framed
 
-    def _parsed_body(self, upstream: UpstreamConnection) -> list[bytes]:
-        """Take what the client's codec holds of the body, framed for the target."""
-        parts = []
-        while (data := self._codec.next_body()) is not None:
-            parts.append(upstream.codec.body(data))
-        return parts
+    def _parsed_body(self, upstream: UpstreamConnection) -> bytes:
+        """Take what the client's codec holds of the body, framed for the target as one part."""
+        data = self._codec.take_body()
+        framed = upstream.codec.body(data) if data else b""
+        if self._codec.received:
+            framed += upstream.codec.end(self._codec.trailers)
+        return framed
 
     async def _relay_both_ways(self, upstream: UpstreamConnection, response_timeout: float) -> bool:
         """Relay the rest of the request body while the response may already be coming."""
@@ -342,29 +354,40 @@ class Exchange:
 
     async def _upload_body(self, upstream: UpstreamConnection, response_timeout: float) -> None:
         while True:
-            parts = self._parsed_body(upstream)
-            if self._codec.received:
-                parts.append(upstream.codec.end(self._codec.trailers))
-            if parts:
+            framed = self._parsed_body(upstream)
+            if framed:
+                self._awaits_continue = False
                 if self._response is None:
                     self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
                 try:
-                    await upstream.send(b"".join(parts))
+                    # Nothing may wait between framing and this: see UpstreamConnection.send.
+                    await upstream.send(framed)
                 except trio.BrokenResourceError:
                     return  # the target stopped listening; its response may still come
             if self._codec.received:
                 return
-            if self._response is None:
-                self._connection.move_deadline(
-                    self._server.options.stall_timeout, Cause.BODY_TIMEOUT
-                )
-            try:
-                data = await self._client.receive(READ_SIZE)
-            except trio.BrokenResourceError as error:
-                raise _ClientGone from error
-            if not data:
-                raise _ClientGone
-            self._codec.receive_data(data)
+            self._codec.receive_data(await self._more_body())
+            # Tiny chunks cost far more than their bytes: let the others have their turn.
+            await trio.lowlevel.checkpoint()
+
+    async def _more_body(self) -> bytes:
+        """Read more of the request's body, giving up when the client sends nothing for too long."""
+        patience = self._server.options.stall_timeout
+        try:
+            if self._response is not None:
+                # The connection's deadline belongs to the response now.
+                with trio.move_on_after(patience):
+                    return await self._client.receive(READ_SIZE) or self._leave()
+                self._leave()
+            if not self._awaits_continue:
+                self._connection.move_deadline(patience, Cause.BODY_TIMEOUT)
+            return await self._client.receive(READ_SIZE) or self._leave()
+        except trio.BrokenResourceError as error:
+            raise _ClientGone from error
+
+    @staticmethod
+    def _leave() -> NoReturn:
+        raise _ClientGone
 
     async def _download(self, upstream: UpstreamConnection) -> bool:
         """Relay the response; return whether the client connection can be used again."""
@@ -382,7 +405,7 @@ class Exchange:
         codec = upstream.codec
         try:
             while True:
-                while (data := codec.next_body()) is not None:
+                if data := codec.take_body():
                     parts.append(self._codec.body(data))
                     self._sent += len(data)
                 if codec.received:
@@ -391,7 +414,12 @@ class Exchange:
                     await self._send(b"".join(parts))
                     parts.clear()
                 codec.receive_data(await self._receive(upstream))
+                if codec.is_costly:
+                    await trio.lowlevel.checkpoint()
         except (ProtocolError, trio.BrokenResourceError) as error:
+            if isinstance(error, ProtocolError) and error.body:
+                parts.append(self._codec.body(error.body))
+                self._sent += len(error.body)
             if parts:
                 await self._send(b"".join(parts))  # what did come is the client's
             raise _TargetFailed(f"response cut short: {error}") from error
@@ -402,6 +430,7 @@ class Exchange:
     async def _response_head(self, upstream: UpstreamConnection) -> ResponseHead:
         """Wait for the final response, passing on 1xx responses."""
         silent = True
+        informational = 0
         try:
             while True:
                 head = upstream.codec.next_response()
@@ -411,8 +440,15 @@ class Exchange:
                     upstream.codec.receive_data(data)
                 elif head.status >= 200:
                     return head
+                elif (informational := informational + 1) > _MAX_INFORMATIONAL:
+                    raise _TargetFailed(f"more than {_MAX_INFORMATIONAL} 1xx responses")
                 else:
                     await self._send(self._codec.informational(head))
+                    if self._awaits_continue:
+                        self._awaits_continue = False
+                        self._connection.move_deadline(
+                            self._server.options.stall_timeout, Cause.BODY_TIMEOUT
+                        )
         except (ProtocolError, trio.BrokenResourceError) as error:
             if silent and upstream.reused:
                 raise _StaleConnection(str(error)) from error

@@ -44,7 +44,9 @@ _REWRITTEN = frozenset(
     }
 )
 _REQUEST_DROPPED = _HOP_BY_HOP | _REWRITTEN | _FRAMING
-_RESPONSE_DROPPED = _HOP_BY_HOP
+
+# RFC 9110 8.6: of these, servers may insist on a length even without a body.
+_LENGTH_EXPECTED = frozenset({b"PATCH", b"POST", b"PUT"})
 
 _HOST = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=%]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)([^#]*)")
@@ -67,10 +69,15 @@ class Destination:
     def __init__(self, head: RequestHead) -> None:
         target = head.target
         host = head.get(b"host")
+        if head.method == b"CONNECT":
+            raise ProtocolError("CONNECT is not supported", 405)
         if not target.startswith(b"/"):
             target, host = _proxy_form(head, host)
         if not _HOST.fullmatch(host):
             raise ProtocolError("malformed Host header")
+        if b"#" in target:
+            # No fragment belongs into a request; what it would end is not for us to decide.
+            target = target.replace(b"#", b"%23")
         self.raw = target
         path, _, query = target.partition(b"?")
         self.host = host
@@ -100,8 +107,6 @@ class Destination:
 
 def _proxy_form(head: RequestHead, host: bytes) -> tuple[bytes, bytes]:
     """Handle the target forms other than a path (RFC 9112 3.2); return target and host."""
-    if head.method == b"CONNECT":
-        raise ProtocolError("CONNECT is not supported", 405)
     if head.target == b"*":
         if head.method != b"OPTIONS":
             raise ProtocolError("the target * belongs to OPTIONS")
@@ -169,18 +174,17 @@ def request_headers(
         request_id: The request's id.
         new_start: Makes the value of X-Request-Start when the client sent none.
     """
-    dropped = _REQUEST_DROPPED
     headers = head.headers
     chain: list[bytes] = []
-    proto = forwarded_host = start = kamal_target = b""
-    trailers = False
+    kamal_targets: list[bytes] = []
+    proto = forwarded_host = start = b""
+    trailers = named = False
     pairs: HeaderPairs = [(b"Host", host or target)]
     for name, raw, value in headers:
-        if name not in dropped:
+        if name not in _REQUEST_DROPPED:
             pairs.append((raw, value))
         elif name == b"connection":
-            if value.lower() not in (b"close", b"keep-alive"):
-                dropped = dropped | _named_by_connection(headers)
+            named = named or value.lower() not in (b"close", b"keep-alive")
         elif name == b"te":
             trailers = trailers or b"trailers" in value.lower()
         elif name == b"x-request-start":
@@ -194,41 +198,43 @@ def request_headers(
             elif name == b"x-forwarded-host":
                 forwarded_host = forwarded_host or value
             elif name == b"x-kamal-target":
-                kamal_target = kamal_target or value
-    if dropped is not _REQUEST_DROPPED:
+                kamal_targets.append(value)
+    if named:
+        dropped = _named_by_connection(headers)
         pairs = [pair for pair in pairs if pair[0] == b"Host" or pair[0].lower() not in dropped]
     chain.append(client)
+    kamal_targets.append(target)
     pairs += [
         (b"X-Forwarded-For", b", ".join(chain)),
         (b"X-Forwarded-Host", forwarded_host or host),
         (b"X-Forwarded-Proto", proto or scheme),
         (b"X-Request-ID", request_id),
         (b"X-Request-Start", start or new_start()),
-        (b"X-Kamal-Target", kamal_target + b", " + target if kamal_target else target),
+        (b"X-Kamal-Target", b", ".join(kamal_targets)),
     ]
     if trailers:
         pairs.append((b"TE", b"trailers"))
     if head.length == CHUNKED:
         pairs.append((b"Transfer-Encoding", b"chunked"))
-    elif head.length or head.get(b"content-length"):
+    elif head.length or head.method in _LENGTH_EXPECTED or head.get(b"content-length"):
         pairs.append((b"Content-Length", b"%d" % head.length))
     return pairs
 
 
 def response_headers(head: ResponseHead) -> HeaderPairs:
     """Build the header fields of the response that the client gets, Content-Length included."""
-    dropped = _RESPONSE_DROPPED
-    chunked = False
+    chunked = named = False
     pairs: HeaderPairs = []
     for name, raw, value in head.headers:
-        if name not in dropped:
+        if name not in _HOP_BY_HOP:
             pairs.append((raw, value))
         elif name == b"transfer-encoding":
             chunked = True
-        elif name == b"connection" and value.lower() not in (b"close", b"keep-alive"):
-            dropped = dropped | _named_by_connection(head.headers)
+        elif name == b"connection":
+            named = named or value.lower() not in (b"close", b"keep-alive")
+    dropped = _named_by_connection(head.headers) if named else set()
     if chunked or head.status == 204:  # RFC 9110 8.6: 204 has no Content-Length
-        dropped = dropped | {b"content-length"}
-    if dropped is not _RESPONSE_DROPPED:
+        dropped.add(b"content-length")
+    if dropped:
         pairs = [pair for pair in pairs if pair[0].lower() not in dropped]
     return pairs

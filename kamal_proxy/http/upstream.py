@@ -7,6 +7,7 @@ that was replaced under the same name has another address.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from collections import deque
@@ -27,6 +28,7 @@ MAX_IDLE_AGE = 30.0  # seconds; application servers commonly close theirs after 
 FRESH_AGE = 1.0
 CONNECT_TIMEOUT = 5.0  # seconds for each address
 _RESOLVE_AGE = 5.0  # seconds
+_FAILURE_AGE = 1.0  # seconds
 
 _Address = tuple[socket.AddressFamily, tuple[object, ...]]
 
@@ -48,7 +50,11 @@ class UpstreamConnection:
         self._sending = False
 
     async def send(self, data: bytes) -> None:
-        """Send what the codec has framed."""
+        """Send what the codec has framed.
+
+        Nothing may wait between the framing and this call: only from here on is it known that the
+        target still lacks what the codec believes it has.
+        """
         self._sending = True
         await self.stream.send(data)
         self._sending = False
@@ -77,7 +83,10 @@ class UpstreamPool:
         self._max_head_size = max_head_size
         self._idle: deque[UpstreamConnection] = deque()  # the most recently used one is last
         self._addresses: list[_Address] = []
-        self._resolved_at = -_RESOLVE_AGE
+        self._resolved_at = -math.inf
+        self._resolving = trio.Lock()  # one lookup serves all that wait for it
+        self._failed_at = -math.inf
+        self._failure = ""
         self._closed = False
 
     def __repr__(self) -> str:
@@ -111,11 +120,11 @@ class UpstreamPool:
         fresh = await self._resolve()
         stream, reason = await self._connect_any()
         if stream is None and not fresh:
-            self._resolved_at = -_RESOLVE_AGE
+            self._resolved_at = -math.inf
             await self._resolve()
             stream, reason = await self._connect_any()
         if stream is None:
-            self._resolved_at = -_RESOLVE_AGE
+            self._resolved_at = -math.inf
             raise ConnectError(reason)
         return UpstreamConnection(stream, ClientCodec(self._max_head_size))
 
@@ -143,18 +152,25 @@ class UpstreamPool:
 
     async def _resolve(self) -> bool:
         """Look the name up unless that was done just now; return whether it was looked up."""
-        now = trio.current_time()
-        if now - self._resolved_at < _RESOLVE_AGE:
-            return False
-        try:
-            self._addresses = await sockets.resolve(self._host, self._port)
-        except (OSError, UnicodeError) as error:  # a label can be too long for a name service
-            # The name service may be down for a moment: the last known addresses still serve.
-            if not self._addresses:
+        async with self._resolving:
+            now = trio.current_time()
+            if now - self._resolved_at < _RESOLVE_AGE:
+                return False
+            if now - self._failed_at < _FAILURE_AGE:
+                raise ConnectError(self._failure)
+            try:
+                self._addresses = await sockets.resolve(
+                    self._host, self._port, self._poller.lookups
+                )
+            except (OSError, UnicodeError) as error:  # a label can be too long for a name service
                 reason = error.strerror if isinstance(error, OSError) else "malformed name"
-                raise ConnectError(f"can't resolve {self._host}: {reason}") from error
-        self._resolved_at = now
-        return True
+                # The name service may be down for a moment: the last known addresses still serve.
+                if not self._addresses:
+                    self._failed_at = trio.current_time()
+                    self._failure = f"can't resolve {self._host}: {reason}"
+                    raise ConnectError(self._failure) from error
+            self._resolved_at = trio.current_time()
+            return True
 
     async def _connect_any(self) -> tuple[SocketStream | None, str]:
         reason = "no address"

@@ -129,7 +129,9 @@ async def open_world(
 ) -> AsyncIterator[World]:
     path = str(directory / "t.sock")
 
-    async def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    async def resolve(
+        host: str, port: int, limiter: trio.CapacityLimiter
+    ) -> list[tuple[socket.AddressFamily, Any]]:
         return [(socket.AF_UNIX, path)]
 
     monkeypatch.setattr(sockets, "resolve", resolve)

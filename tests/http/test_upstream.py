@@ -38,7 +38,9 @@ class Place:
     lookups: int = 0
     answer: list[str] | Exception = attrs.field(factory=list)
 
-    async def resolve(self, host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    async def resolve(
+        self, host: str, port: int, limiter: trio.CapacityLimiter
+    ) -> list[tuple[socket.AddressFamily, Any]]:
         assert (host, port) == ("web", 3000)
         self.lookups += 1
         await trio.lowlevel.checkpoint()
@@ -230,9 +232,11 @@ async def test_a_name_service_that_fails(place: Place, autojump_clock: MockClock
     good, place.answer = place.answer, socket.gaierror(-2, "Name or service not known")
     with pytest.raises(ConnectError, match=r"^can't resolve web: Name or service not known$"):
         await place.pool.connect()
+    await trio.sleep(2)
     place.answer = UnicodeError("label too long")
     with pytest.raises(ConnectError, match=r"^can't resolve web: malformed name$"):
         await place.pool.connect()
+    await trio.sleep(2)
     place.answer = good
     (await place.pool.connect()).stream.close()
     place.answer = socket.gaierror(-3, "Temporary failure in name resolution")
