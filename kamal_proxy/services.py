@@ -264,6 +264,11 @@ class Services:
                 f"Service is served without --{flag}: not supported yet by this version",
                 service=entry.name,
             )
+        if entry.rollout_targets:
+            self._log.warning(
+                "Service is served without its rollout: not supported yet by this version",
+                service=entry.name,
+            )
         return Service(
             name=entry.name,
             options=entry.service_options,

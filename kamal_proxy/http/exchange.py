@@ -180,6 +180,9 @@ class Exchange:
                 raise _Refusal(404)
             service, prefix = found
             self._service = service
+            if self._wants_tls(service):
+                location = b"https://" + destination.host_without_port + destination.raw
+                return await self._redirect(location)
             target = destination.raw
             if service.options.strip_prefix and prefix != b"/":
                 target = destination.without_prefix(prefix)
@@ -193,12 +196,13 @@ class Exchange:
             await trio.sleep(service.pause.fail_after)
             if self._server.routes().get(service.name) is service:
                 raise _Refusal(504)
-        options = service.options
-        if options.tls_enabled and options.tls_redirect and self._server.scheme == "http":
-            return await self._redirect(b"https://" + destination.name.encode() + destination.raw)
         deployment = self._deployment = service.active
         deployment.begin(self)
         return await self._forward(service, deployment, target)
+
+    def _wants_tls(self, service: Service) -> bool:
+        options = service.options
+        return options.tls_enabled and options.tls_redirect and self._server.scheme == "http"
 
     def _is_health_check(self, service: Service, target: bytes) -> bool:
         path = service.target_options.health_check.path.encode()
@@ -314,6 +318,7 @@ class Exchange:
         framed = upstream.codec.body(data) if data else b""
         if self._codec.received:
             framed += upstream.codec.end(self._codec.trailers)
+        self._awaits_continue = self._awaits_continue and not framed
         return framed
 
     async def _relay_both_ways(self, upstream: UpstreamConnection, response_timeout: float) -> bool:
@@ -356,7 +361,6 @@ class Exchange:
         while True:
             framed = self._parsed_body(upstream)
             if framed:
-                self._awaits_continue = False
                 if self._response is None:
                     self._connection.move_deadline(response_timeout, Cause.TARGET_TIMEOUT)
                 try:
@@ -444,7 +448,7 @@ class Exchange:
                     raise _TargetFailed(f"more than {_MAX_INFORMATIONAL} 1xx responses")
                 else:
                     await self._send(self._codec.informational(head))
-                    if self._awaits_continue:
+                    if head.status == 100 and self._awaits_continue:
                         self._awaits_continue = False
                         self._connection.move_deadline(
                             self._server.options.stall_timeout, Cause.BODY_TIMEOUT

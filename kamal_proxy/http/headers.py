@@ -93,6 +93,13 @@ class Destination:
         else:
             self.route = path
 
+    @property
+    def host_without_port(self) -> bytes:
+        """The host as the client wrote it, IPv6 brackets included."""
+        if self.host.startswith(b"["):
+            return self.host[: self.host.index(b"]") + 1]
+        return self.host.partition(b":")[0]
+
     def without_prefix(self, prefix: bytes) -> bytes:
         """Return the raw target without a (decoded) path prefix that :attr:`route` begins with."""
         path = self.path
