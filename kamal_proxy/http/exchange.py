@@ -318,7 +318,8 @@ class Exchange:
         framed = upstream.codec.body(data) if data else b""
         if self._codec.received:
             framed += upstream.codec.end(self._codec.trailers)
-        self._awaits_continue = self._awaits_continue and not framed
+        if framed or self._codec.received:
+            self._awaits_continue = False
         return framed
 
     async def _relay_both_ways(self, upstream: UpstreamConnection, response_timeout: float) -> bool:
