@@ -14,8 +14,10 @@ Trio on 127.0.0.1, and everything that was received is kept. Nothing here waits 
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import termios
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -150,6 +152,13 @@ class Wire:
                 pass
         except OSError:
             return
+
+    @property
+    def unacknowledged(self) -> int:
+        """How many bytes the other side's kernel has not taken yet: it has no room for them."""
+        (count,) = struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))
+        assert isinstance(count, int)
+        return count
 
     def shutdown_write(self) -> None:
         """Send the end of the stream; reading goes on."""

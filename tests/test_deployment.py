@@ -146,6 +146,37 @@ async def test_every_failed_probe_is_logged_when_debugging(
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("bad luck"), ExceptionGroup("x", [OSError()])])
+async def test_a_probe_that_raises_has_failed(
+    nursery: trio.Nursery, error: Exception, autojump_clock: MockClock
+) -> None:
+    lines = Lines()
+    told: list[tuple[bool, str]] = []
+    probed = 0
+
+    async def probe(_: Target, __: HealthCheckOptions) -> ProbeResult:
+        nonlocal probed
+        await trio.lowlevel.checkpoint()
+        probed += 1
+        if probed in (1, 4):
+            raise error
+        return ProbeResult(True, "status 200", "")
+
+    made = deployment(probe, lines=lines)
+    made.on_probe = lambda _, result: told.append((result.ok, result.reason))
+    await nursery.start(made.run)
+    await trio.sleep(5)
+    assert [ok for ok, _ in told[:5]] == [False, True, True, False, True]
+    assert repr(error) in told[0][1]
+    assert lines.of("Probe failed") == [{"target": "a1:80", "error": repr(error)}] * 2
+    assert [line["state"] for line in lines.of("Target health updated")] == [
+        "healthy",
+        "unhealthy",
+        "healthy",
+    ]
+    nursery.cancel_scope.cancel()
+
+
 async def test_each_probe_is_told_while_somebody_listens(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
@@ -283,6 +314,21 @@ async def test_retiring_stops_the_probes(nursery: trio.Nursery, autojump_clock: 
     await trio.sleep(10)
     assert len(probes.times["a1:80"]) == 3
     assert states(made) == ["healthy"]
+    request.end()
+
+
+async def test_an_unhealthy_target_gets_nothing_while_it_drains(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """A request that must be sent again chooses once more, whatever has happened meanwhile."""
+    made = deployment(Probes({"b1:80": [True, "refused"]}), "a1:80", "b1:80")
+    await nursery.start(made.run)
+    await trio.sleep(5)
+    assert states(made) == ["healthy", "unhealthy"]
+    request = Request(made)
+    made.retire(30)
+    chosen = [made.choose(set()) for _ in range(4)]
+    assert {target and target.name for target in chosen} == {"a1:80"}
     request.end()
 
 

@@ -8,7 +8,8 @@ import re
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
@@ -18,6 +19,8 @@ import trio.testing
 import kamal_proxy
 from kamal_proxy import (
     DeployFailedError,
+    DeploymentOptions,
+    DeployOptions,
     Event,
     HostConflictError,
     InvalidOptionsError,
@@ -26,12 +29,22 @@ from kamal_proxy import (
     Proxy,
     RunOptions,
     ServiceNotFoundError,
+    ServiceOptions,
     StateError,
     open_proxy,
 )
 from kamal_proxy.errors import ControlSocketError, NotSupportedYetError, ShuttingDownError
 from tests.running import ROOT, Lines
-from tests.scripted import Client, ConnectionCut, Peer, Upstream, ok, open_client, open_upstream
+from tests.scripted import (
+    TIME_LIMIT,
+    Client,
+    ConnectionCut,
+    Peer,
+    Upstream,
+    ok,
+    open_client,
+    open_upstream,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -363,6 +376,67 @@ async def test_a_deploy_fails_when_the_proxy_stops(upstream: Upstream) -> None:
         await began.wait()
 
     assert len(errors) == 1
+
+
+# --- when the machine fails it -------------------------------------------------------------------
+
+
+async def test_lookups_that_hang_hold_up_nothing_else(
+    directory: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trio offers 40 threads to all; more lookups than that must leave some for the state."""
+    asked, answered = threading.Event(), threading.Event()
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, **options: Any) -> object:
+        if host.endswith(".test") and not options["flags"] & socket.AI_NUMERICHOST:
+            asked.set()
+            answered.wait(2 * TIME_LIMIT)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return look_up(host, port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    stuck = DeployOptions(service="stuck", targets=tuple(f"t{n}.test:80" for n in range(45)))
+    options = attrs.evolve(RUN, data_directory=directory)
+    try:
+        async with (
+            open_proxy(options, log=lambda line: None) as proxy,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(proxy.deploy, stuck)
+            await trio.testing.wait_all_tasks_blocked()
+            await proxy.deploy(upstream.options())
+            await proxy.remove("web")
+            assert asked.is_set()
+            assert not answered.is_set()
+            nursery.cancel_scope.cancel()
+    finally:
+        answered.set()
+
+
+async def test_no_thread_to_be_had_costs_one_request_not_the_proxy(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    async def run_sync(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    reason = "can't resolve web.test: can't start new thread"
+    lines = Lines()
+    named = DeployOptions(
+        service="named",
+        targets=("web.test:80",),
+        service_options=ServiceOptions(hosts=("named.example",)),
+        deployment_options=DeploymentOptions(force=True),
+    )
+    async with open_proxy(RUN, log=lines.add) as proxy:
+        await proxy.deploy(named)
+        async with open_client(proxy.http_port) as client:
+            assert (await client.get(host="named.example")).status == 502
+            await proxy.deploy(upstream.options())
+            assert (await client.get()).status == 200
+        assert (await lines.wait_for_message("Error while proxying"))["error"] == reason
+        assert (await lines.wait_for_message("Healthcheck failed"))["error"] == reason
 
 
 # --- two in one program --------------------------------------------------------------------------

@@ -513,6 +513,7 @@ async def test_restored_services_warn_about_what_they_do_without(
             name="app",
             active_targets=("v1",),
             active_readers=("r1",),
+            rollout_targets=("v2",),
             service_options=ServiceOptions(hosts=("a.test",), tls_enabled=True),
             target_options=TargetOptions(buffer_requests=True),
         ),
@@ -523,7 +524,9 @@ async def test_restored_services_warn_about_what_they_do_without(
         for flag in flags:
             message = f"Service is served without --{flag}: not supported yet by this version"
             assert room.lines.of(message) == [{"service": "app"}]
-        assert len(room.lines.messages) == len(flags) + 1
+        message = "Service is served without its rollout: not supported yet by this version"
+        assert room.lines.of(message) == [{"service": "app"}]
+        assert len(room.lines.messages) == len(flags) + 2
         await room.deploy("other", "v1")
         (entry, _) = json.loads(room.state.path.read_bytes())
         assert entry["active_readers"] == ["r1"], "an unrelated change keeps it"

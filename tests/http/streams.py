@@ -124,6 +124,7 @@ async def open_world(
     answer: Callable[[trio.SocketStream], Awaitable[None]] = say_hello,
     *,
     pause: SavedPause | None = None,
+    service_options: ServiceOptions | None = None,
     target_options: TargetOptions | None = None,
     **options: Any,
 ) -> AsyncIterator[World]:
@@ -159,7 +160,7 @@ async def open_world(
             )
             service = Service(
                 name="app",
-                options=ServiceOptions(),
+                options=service_options or ServiceOptions(),
                 target_options=target_options or TargetOptions(),
                 active=deployment,
                 pause=pause or SavedPause(),

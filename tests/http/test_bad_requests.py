@@ -11,11 +11,11 @@ import pytest
 import trio
 
 from tests.running import open_embedded
-from tests.scripted import ConnectionCut, open_client
+from tests.scripted import ConnectionCut, ok, open_client
 
 if TYPE_CHECKING:
     from tests.running import Embedded
-    from tests.scripted import Client, Upstream
+    from tests.scripted import Client, Peer, Upstream
 
 HOST = b"Host: a.example\r\n"
 KIB = 1024
@@ -148,6 +148,7 @@ IMPOSSIBLE = {
     "Host beyond ASCII": (get(headers=b"Host: \xc3\xa9\r\n"), 400),
     "Host with a question mark": (get(headers=b"Host: a?b\r\n"), 400),
     "CONNECT": (b"CONNECT a.example:443 HTTP/1.1\r\nHost: a.example:443\r\n\r\n", 405),
+    "CONNECT with a path": (get(b"CONNECT /x HTTP/1.1"), 405),
     "authority form": (get(b"GET a.example:80 HTTP/1.1"), 400),
     "GET *": (get(b"GET * HTTP/1.1"), 400),
     "absolute form of another scheme": (get(b"GET ftp://a.example/ HTTP/1.1"), 400),
@@ -262,6 +263,10 @@ async def test_malformed_chunks(
     await require_sound(proxy, logged=1)
 
 
+# Padded: what counts is how much is read at a time, and the tests' own parser is slow.
+TINY_CHUNK = b"1;" + b"x" * 120 + b"\r\nx\r\n"
+
+
 async def test_many_small_chunks_with_extensions(proxy: Embedded, upstream: Upstream) -> None:
     await proxy.deploy(upstream.options())
     async with open_client(proxy.port) as client:
@@ -291,6 +296,7 @@ ACCEPTED = {
         b"GET /%C3%A9?q=%C3%A9 HTTP/1.1",
     ),
     "target that is not even UTF-8": (get(b"GET /\xff HTTP/1.1"), b"GET /%FF HTTP/1.1"),
+    "target with a fragment": (get(b"GET /a#b HTTP/1.1"), b"GET /a%23b HTTP/1.1"),
     "bytes beyond ASCII in a value": (get(headers=HOST + b"X: \xe9\r\n"), b"GET / HTTP/1.1"),
     "tab in a value": (get(headers=HOST + b"X: a\tb\r\n"), b"GET / HTTP/1.1"),
     "length zero": (post(b"Content-Length: 0\r\n", b""), b"POST / HTTP/1.1"),
@@ -471,6 +477,47 @@ async def test_huge_pipelining(proxy: Embedded, upstream: Upstream) -> None:
 
     assert len(upstream.requests) == count
     await require_sound(proxy, logged=count)
+
+
+async def test_pipelined_requests_do_not_keep_others_waiting(
+    proxy: Embedded, upstream: Upstream
+) -> None:
+    """The proxy answers them itself, so nothing else makes it wait between them."""
+    await proxy.deploy(upstream.options(hosts=["a.example"]))
+    count = 2000
+    async with open_client(proxy.port) as flood, open_client(proxy.port) as other:
+        await other.get()
+        await flood.send(b"HEAD /flood HTTP/1.1\r\nHost:\r\n\r\n" * count)
+        await proxy.lines.wait_requests(2)
+        await other.get("/other", host="nobody.example")
+        lines = await proxy.lines.wait_requests(count + 2)
+    assert lines[-1]["path"] == "/flood", "the other one was served last of all"
+    await require_sound(proxy, logged=count + 2)
+
+
+async def test_tiny_chunks_do_not_keep_others_waiting(proxy: Embedded, upstream: Upstream) -> None:
+    await proxy.deploy(upstream.options(hosts=["a.example"]))
+    arriving = trio.Event()
+
+    async def serve(peer: Peer) -> None:
+        await peer.receive_until(b"\r\n\r\n")
+        await peer.receive_some()
+        arriving.set()
+        await peer.receive_until(b"\r\n0\r\n\r\n")
+        await peer.send(ok(b"hello"))
+
+    upstream.script(serve)
+    async with open_client(proxy.port) as flood, open_client(proxy.port) as other:
+        await other.get(host="nobody.example")
+        await flood.send(post(CHUNKED, b""))
+        await upstream.wait_peers(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood.send, TINY_CHUNK * 12_000 + b"0\r\n\r\n")
+            await arriving.wait()
+            await other.get(host="nobody.example")
+            assert flood.unacknowledged > 0, "the flood was taken in first"
+        assert (await flood.receive_response(b"POST")).status == 200
+    await require_sound(proxy, logged=3)
 
 
 async def test_request_after_an_upload_that_was_refused_early(

@@ -26,6 +26,7 @@ from tests.scripted import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kamal_proxy import Event
     from tests.running import Embedded
     from tests.scripted import Client, Script, Upstream
 
@@ -65,6 +66,7 @@ BROKEN = {
     "unknown coding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nhello",
     "101 nobody asked for": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
     "100 and then nothing": b"HTTP/1.1 100 Continue\r\n\r\n",
+    "1xx without end": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 101 + ok(b"hello"),
     "huge head": b"HTTP/1.1 200 OK\r\nX: " + b"a" * MEGABYTE + b"\r\nContent-Length: 0\r\n\r\n",
     "endless head": b"HTTP/1.1 200 OK\r\nX: " + b"a" * MEGABYTE,
 }
@@ -92,6 +94,15 @@ async def test_no_usable_response(
     ]
     assert errors[0]["error"]
     await require_sound(proxy, logged=2)
+
+
+async def test_as_many_1xx_as_are_relayed(proxy: Embedded, upstream: Upstream) -> None:
+    await proxy.deploy(upstream.options())
+    upstream.script(reply(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100 + ok(b"hello")))
+    async with open_client(proxy.port) as client:
+        response = await client.get()
+        assert (response.status, response.informational) == (200, [103] * 100)
+    await require_sound(proxy, logged=1)
 
 
 CUT = {
@@ -164,6 +175,31 @@ async def test_malformed_chunk(proxy: Embedded, upstream: Upstream, apart: bool)
     assert line["status"] == status
     await proxy.lines.wait_for_message("Error while proxying")
     await require_sound(proxy, logged=1)
+
+
+async def test_tiny_chunks_do_not_keep_others_waiting(proxy: Embedded, upstream: Upstream) -> None:
+    await proxy.deploy(upstream.options(hosts=["a", "a.example"]))
+
+    async def serve(peer: Peer) -> None:
+        await peer.receive_request()
+        # Padded: what counts is how much is read at a time.
+        chunk = b"1;" + b"x" * 120 + b"\r\nx\r\n"
+        await peer.send(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 12_000 + b"0\r\n\r\n"
+        )
+        await respond(b"hello")(peer)
+
+    upstream.script(serve)
+    async with open_client(proxy.port) as client, open_client(proxy.port) as other:
+        assert (await other.get(host="nobody")).status == 404
+        await client.send(GET)
+        begun = await client.receive_some()
+        assert (await other.get(host="nobody")).status == 404
+        assert upstream.peers[0].unacknowledged > 0, "the flood was taken in first"
+        client.unread(begun)
+        response = await client.receive_response()
+        assert response.body == b"x" * 12_000
+    await require_sound(proxy, logged=3)
 
 
 async def test_close_delimited_response_that_is_reset_is_cut(
@@ -538,6 +574,50 @@ async def test_a_request_is_repeated_only_once(proxy: Embedded, upstream: Upstre
     upstream.script(respond(b"hello"))  # replaces the script that was not used
     upstream._next.clear()
     await require_sound(proxy, logged=2)
+
+
+async def test_stale_connections_are_replaced_while_their_deployment_drains(
+    proxy: Embedded, upstream: Upstream
+) -> None:
+    """Whoever was in flight at the switch still belongs to the old targets."""
+    second, close = trio.Event(), trio.Event()
+    waiting = 2
+
+    async def serve(peer: Peer) -> None:
+        nonlocal waiting
+        await peer.receive_request()
+        await peer.send(ok(b"first"))
+        await peer.receive_request()
+        waiting -= 1
+        if not waiting:
+            second.set()
+        await close.wait()
+
+    bodies = []
+
+    async def get(client: Client) -> None:
+        bodies.append((await client.get()).body)
+
+    async with open_upstream() as one, open_upstream() as two, open_client(proxy.port) as client:
+        await proxy.deploy(deploy_options("web", [one, two]))
+        one.script(serve)
+        two.script(serve)
+        for _ in range(2):
+            assert (await client.get()).body == b"first"
+        async with open_client(proxy.port) as another, trio.open_nursery() as nursery:
+
+            def progress(event: Event) -> None:
+                if event.event == "draining":
+                    close.set()
+
+            nursery.start_soon(get, client)
+            nursery.start_soon(get, another)
+            await second.wait()
+            result = await proxy.proxy.deploy(upstream.options(), progress)
+        assert bodies == [b"hello"] * 2
+        assert (result.completed, result.cancelled) == (2, 0)
+        assert len(one.requests) + len(two.requests) == 2
+    await require_sound(proxy, logged=4)
 
 
 @pytest.mark.parametrize("data", [GET, POST], ids=["GET", "POST"])

@@ -308,6 +308,17 @@ def test_a_response_until_close() -> None:
     assert not codec.next_cycle()
 
 
+def test_a_tunnel_is_no_body() -> None:
+    """After an answer to CONNECT the parser waits for ever; nobody may wait for it."""
+    codec = ClientCodec(LIMIT)
+    codec.request(b"CONNECT", b"/x", [(b"Host", b"a")])
+    codec.end()
+    codec.receive_data(b"HTTP/1.1 200 OK\r\n\r\nhello")
+    assert codec.next_response() is not None
+    with pytest.raises(ProtocolError):
+        codec.next_body()
+
+
 def test_a_target_that_says_more_than_it_was_asked() -> None:
     codec = ClientCodec(LIMIT)
     codec.request(b"GET", b"/", [(b"Host", b"a")])

@@ -11,8 +11,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kamal_proxy.http import pages
 from kamal_proxy.http.exchange import GONE_GRACE
-from kamal_proxy.options import TargetOptions
+from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause
 from tests.deploying import run_with_every_cancellation
 from tests.http.streams import (
@@ -126,6 +127,24 @@ async def test_an_idle_connection_is_closed_silently(
         await client.aclose()
 
 
+async def test_an_empty_line_is_no_request(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(head_timeout=30, idle_timeout=60) as here:
+        client = here.connect()
+        for line in (b"\r\n", b"\r\n\r\n"):
+            await client.send_all(GET)
+            await read_head(client)
+            await client.send_all(line)
+            await trio.sleep(40)
+        await client.send_all(GET)
+        assert (await read_head(client)).endswith(b"hello")
+        start = trio.current_time()
+        await client.send_all(b"\r\n")
+        assert await read_all(client) == b""
+        assert trio.current_time() - start == pytest.approx(60)
+        assert here.statuses == [200] * 3
+        await client.aclose()
+
+
 @pytest.mark.parametrize("after", [b"", GET])
 async def test_a_slow_head(world: Opener, after: bytes, autojump_clock: MockClock) -> None:
     async with world(head_timeout=30) as here:
@@ -174,6 +193,127 @@ async def test_a_body_that_stalls(world: Opener, autojump_clock: MockClock) -> N
         response = await read_head(client)
         assert response.startswith(b"HTTP/1.1 408 ")
         assert trio.current_time() - start == pytest.approx(110)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [408]
+
+
+async def test_a_body_that_stalls_after_the_response_has_begun(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    ended: list[float] = []
+
+    async def begin(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+        await read_all(stream)
+        ended.append(trio.current_time() - start)
+
+    async with world(begin, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(POST % 100 + b"some of it")
+        assert (await read_head(client)).startswith(b"HTTP/1.1 200 ")
+        await trio.sleep(50)
+        await client.send_all(b"more of it")
+        with trio.fail_after(1000):
+            await read_all(client)
+        assert trio.current_time() - start == pytest.approx(110)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [499]
+        assert ended == [pytest.approx(110)], "the target's connection is closed"
+
+
+EXPECTING = POST.replace(b"Host", b"Expect: 100-continue\r\nHost")
+
+
+async def test_a_client_that_rightly_waits_for_100_continue(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    options = TargetOptions(response_timeout=90)
+    async with world(stay_silent, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(EXPECTING % 100)
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(90)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.statuses == [504]
+
+
+@pytest.mark.parametrize("parts", [[b"some of it"], [b"", b"some of it"]])
+async def test_a_client_that_did_not_wait_for_100_continue(
+    world: Opener, parts: list[bytes], autojump_clock: MockClock
+) -> None:
+    options = TargetOptions(response_timeout=90)
+    async with world(stay_silent, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        head = EXPECTING % 100
+        for part in parts:
+            await client.send_all(head + part)
+            await wait_all_tasks_blocked()
+            head = b""
+        assert (await read_head(client)).startswith(b"HTTP/1.1 408 ")
+        assert trio.current_time() - start == pytest.approx(60)
+        await client.aclose()
+
+
+@pytest.mark.parametrize("body", [b"", b"body"])
+async def test_100_continue_for_a_body_that_is_there(
+    world: Opener, body: bytes, autojump_clock: MockClock
+) -> None:
+    async def go_on(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await trio.sleep(80)
+        await stream.send_all(HELLO)
+
+    options = TargetOptions(response_timeout=90)
+    async with world(go_on, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        await client.send_all(EXPECTING % len(body) + body)
+        assert await read_head(client) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert (await read_head(client)).endswith(b"hello")
+        await client.aclose()
+
+
+async def test_another_1xx_does_not_say_continue(world: Opener, autojump_clock: MockClock) -> None:
+    async def hint(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        await read_all(stream)
+
+    options = TargetOptions(response_timeout=90)
+    async with world(hint, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(EXPECTING % 100)
+        assert await read_head(client) == b"HTTP/1.1 103 Early Hints\r\n\r\n"
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(90)
+        await client.aclose()
+
+
+async def test_a_client_that_was_told_to_continue_and_does_not(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async def go_on(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep(10)
+        await stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await read_all(stream)
+
+    options = TargetOptions(response_timeout=90)
+    async with world(go_on, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(EXPECTING % 100)
+        assert await read_head(client) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert (await read_head(client)).startswith(b"HTTP/1.1 408 ")
+        assert trio.current_time() - start == pytest.approx(70)
         await client.aclose()
         await wait_all_tasks_blocked()
         assert here.statuses == [408]
@@ -243,6 +383,25 @@ async def test_the_target_timeout_begins_when_the_body_has_been_sent(
         await client.aclose()
 
 
+async def test_a_client_that_does_not_read_the_answer_of_an_interruption(
+    world: Opener, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr(pages, "render", lambda *_: MEGABYTE)
+    options = TargetOptions(response_timeout=7)
+    async with world(stay_silent, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await trio.sleep(7 + 4.9)
+        assert here.server.connections == 1
+        await trio.sleep(0.2)
+        assert here.server.connections == 0
+        got = await read_all(client)
+        assert got.startswith(b"HTTP/1.1 504 ")
+        assert len(got) < len(MEGABYTE)
+        await client.aclose()
+        assert len(here.logged) == 1
+
+
 async def test_no_target_timeout(world: Opener, autojump_clock: MockClock) -> None:
     async def answer_late(stream: trio.SocketStream) -> None:
         await read_head(stream)
@@ -284,6 +443,22 @@ async def test_a_paused_service(world: Opener, autojump_clock: MockClock) -> Non
         assert trio.current_time() - start == pytest.approx(100)
         await client.aclose()
         assert here.targets == []
+
+
+@pytest.mark.parametrize(
+    ("host", "written"), [(b"Web.Test:8080", b"Web.Test"), (b"[::1]:80", b"[::1]"), (b"a", b"a")]
+)
+async def test_a_restored_tls_service_redirects_also_while_it_is_stopped(
+    world: Opener, host: bytes, written: bytes, autojump_clock: MockClock
+) -> None:
+    tls = ServiceOptions(tls_enabled=True)
+    async with world(pause=SavedPause(state="stopped"), service_options=tls) as here:
+        client = here.connect()
+        await client.send_all(b"GET /a%20b?c=d HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+        response = await read_all(client)
+        assert response.startswith(b"HTTP/1.1 301 ")
+        assert b"\r\nLocation: https://" + written + b"/a%20b?c=d\r\n" in response
+        assert b"\r\nConnection: close\r\n" in response
 
 
 async def test_a_stopped_service(world: Opener, autojump_clock: MockClock) -> None:

@@ -50,6 +50,31 @@ async def test_what_the_target_sees(proxy: Embedded, upstream: Upstream, client:
     assert request.body == b"abc"
 
 
+@pytest.mark.parametrize(
+    ("method", "lengths"),
+    [
+        (b"POST", [b"0"]),
+        (b"PUT", [b"0"]),
+        (b"PATCH", [b"0"]),
+        (b"GET", []),
+        (b"DELETE", []),
+        (b"OPTIONS", []),
+    ],
+)
+async def test_requests_without_a_body(
+    proxy: Embedded, upstream: Upstream, client: Client, method: bytes, lengths: list[bytes]
+) -> None:
+    """Some servers refuse a POST that states no length with 411."""
+    await proxy.deploy(upstream.options())
+
+    for _ in range(2):
+        response = await client.request(method + b" / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert response.body == b"hello"
+
+    assert [request.get(b"content-length") for request in upstream.requests] == [lengths] * 2
+    assert [request.get(b"transfer-encoding") for request in upstream.requests] == [[], []]
+
+
 async def test_no_header_of_the_proxy_is_added_to_the_response(
     proxy: Embedded, upstream: Upstream, client: Client
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from kamal_proxy.http.codec import CHUNKED, Header, ProtocolError, RequestHead, ResponseHead
 from kamal_proxy.http.headers import Destination, request_headers, response_headers
 from tests.fuzzing import at_least
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Pairs = list[tuple[str, str]]
 
@@ -25,9 +29,11 @@ def head(
     return RequestHead(method.encode(), target.encode(), b"1.1", fields(list(pairs)), length)
 
 
-def passed_on(*pairs: tuple[str, str], forward: bool = True, length: int = 0) -> Pairs:
+def passed_on(
+    *pairs: tuple[str, str], forward: bool = True, length: int = 0, method: str = "GET"
+) -> Pairs:
     made = request_headers(
-        head(*pairs, length=length),
+        head(*pairs, length=length, method=method),
         host=b"app.test:8080",
         client=b"192.0.2.7",
         scheme=b"http",
@@ -93,6 +99,11 @@ def test_connection_can_not_remove_what_the_proxy_says(name: str) -> None:
         (True, [("X-Forwarded-Host", "front")], {"X-Forwarded-Host": "front"}),
         (True, [("X-Kamal-Target", "a:1")], {"X-Kamal-Target": "a:1, web-1:3000"}),
         (
+            True,
+            [("X-Kamal-Target", "a:1, b:2"), ("X-A", ""), ("x-kamal-target", "c:3")],
+            {"X-A": "", "X-Kamal-Target": "a:1, b:2, c:3, web-1:3000"},
+        ),
+        (
             False,
             [
                 ("X-Forwarded-For", "1.1.1.1"),
@@ -125,6 +136,25 @@ def test_framing(length: int, came: Pairs, framing: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "length", "framing"),
+    [
+        ("POST", 0, {"Content-Length": "0"}),
+        ("PUT", 0, {"Content-Length": "0"}),
+        ("PATCH", 0, {"Content-Length": "0"}),
+        ("POST", 3, {"Content-Length": "3"}),
+        ("POST", CHUNKED, {"Transfer-Encoding": "chunked"}),
+        ("DELETE", 0, {}),
+        ("OPTIONS", 0, {}),
+        ("M-SEARCH", 0, {}),
+    ],
+)
+def test_methods_that_are_expected_to_have_a_length(
+    method: str, length: int, framing: dict[str, str]
+) -> None:
+    assert dict(passed_on(method=method, length=length)) == {**ADDED, **framing}
+
+
+@pytest.mark.parametrize(
     ("came", "goes"),
     [
         ([("Server", "x"), ("Set-Cookie", "a"), ("Set-Cookie", "b"), ("Date", "d")], None),
@@ -137,6 +167,40 @@ def test_framing(length: int, came: Pairs, framing: dict[str, str]) -> None:
 def test_responses(came: Pairs, goes: int | None) -> None:
     expected = [(name.encode(), value.encode()) for name, value in came[:goes]]
     assert response_headers(ResponseHead(200, b"OK", fields(came), 0)) == expected
+
+
+class Walked(list[Header]):
+    """Header fields that may be gone through a few times, but not once for each of them."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Header]:
+        self.walks += 1
+        assert self.walks < 10
+        return super().__iter__()
+
+
+def test_thousands_of_connection_fields() -> None:
+    count = 16_000
+    named = [("Connection", f"x-{number}") for number in range(count)]
+    came = [("X-Kept", "1"), *named, (f"X-{count - 1}", "2"), ("X-Kept", "3")]
+    request = head(*came)
+    request.headers = Walked(request.headers)
+    made = request_headers(
+        request,
+        host=b"app.test:8080",
+        client=b"192.0.2.7",
+        scheme=b"http",
+        forward=True,
+        target=b"web-1:3000",
+        request_id=b"id-1",
+        new_start=lambda: b"t=1",
+    )
+    kept = [(b"X-Kept", b"1"), (b"X-Kept", b"3")]
+    assert [pair for pair in made if pair[0].decode() not in ADDED] == kept
+
+    response = ResponseHead(200, b"OK", Walked(fields(came)), 0)
+    assert response_headers(response) == kept
 
 
 @pytest.mark.parametrize(
@@ -153,6 +217,7 @@ def test_responses(came: Pairs, goes: int | None) -> None:
         ("GET", "HTTPS://b", "a", ("b", "b", "/", "", "/")),
         ("GET", "http://b?c", "a", ("b", "b", "/", "c", "/")),
         ("OPTIONS", "http://b", "a", ("b", "b", "*", "", "/")),
+        ("GET", "/a#b?c#d", "a", ("a", "a", "/a%23b", "c%23d", "/a#b")),
     ],
 )
 def test_destinations(method: str, target: str, host: str, expected: tuple[str, ...]) -> None:
@@ -170,6 +235,7 @@ def test_destinations(method: str, target: str, host: str, expected: tuple[str, 
     ("method", "target", "host", "status"),
     [
         ("CONNECT", "a:443", "a:443", 405),
+        ("CONNECT", "/x", "a", 405),
         ("GET", "*", "a", 400),
         ("GET", "a/b", "a", 400),
         ("GET", "ftp://a/", "a", 400),

@@ -36,6 +36,7 @@ class Place:
     poller: Poller
     address: str
     lookups: int = 0
+    patience: float = 0  # seconds that a lookup takes
     answer: list[str] | Exception = attrs.field(factory=list)
 
     async def resolve(
@@ -43,7 +44,7 @@ class Place:
     ) -> list[tuple[socket.AddressFamily, Any]]:
         assert (host, port) == ("web", 3000)
         self.lookups += 1
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.patience)
         if isinstance(self.answer, Exception):
             raise self.answer
         return [(socket.AF_UNIX, address) for address in self.answer]
@@ -198,6 +199,67 @@ async def test_addresses_are_kept_for_a_moment(place: Place, autojump_clock: Moc
         (await place.pool.connect()).stream.close()
     assert place.lookups == 1
     await trio.sleep(6)
+    (await place.pool.connect()).stream.close()
+    assert place.lookups == 2
+
+
+async def test_one_lookup_serves_all_that_wait(place: Place, autojump_clock: MockClock) -> None:
+    place.patience = 4
+    made: list[UpstreamConnection] = []
+
+    async def connect() -> None:
+        made.append(await place.pool.connect())
+
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for _ in range(30):
+            nursery.start_soon(connect)
+    assert (place.lookups, len(made)) == (1, 30)
+    assert trio.current_time() - start == pytest.approx(4)
+    for connection in made:
+        connection.stream.close()
+
+
+async def test_a_lookup_that_is_given_up_leaves_the_others_theirs(
+    place: Place, autojump_clock: MockClock
+) -> None:
+    place.patience = 4
+    made: list[UpstreamConnection] = []
+
+    async def connect() -> None:
+        made.append(await place.pool.connect())
+
+    async with trio.open_nursery() as nursery:
+        with trio.move_on_after(1):
+            await connect()
+        nursery.start_soon(connect)
+        nursery.start_soon(connect)
+    assert (place.lookups, len(made)) == (2, 2)
+    for connection in made:
+        connection.stream.close()
+
+
+async def test_a_failed_lookup_is_remembered_for_a_moment(
+    place: Place, autojump_clock: MockClock
+) -> None:
+    good, place.answer = place.answer, socket.gaierror(-2, "Name or service not known")
+    place.patience = 4
+    failed = 0
+
+    async def fail() -> None:
+        nonlocal failed
+        with pytest.raises(ConnectError, match=r"^can't resolve web: Name or service not known$"):
+            await place.pool.connect()
+        failed += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(30):
+            nursery.start_soon(fail)
+    place.answer = good
+    await trio.sleep(0.9)
+    await fail()
+    assert (place.lookups, failed) == (1, 31)
+    await trio.sleep(0.2)
     (await place.pool.connect()).stream.close()
     assert place.lookups == 2
 
