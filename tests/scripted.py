@@ -318,6 +318,21 @@ class Upstream:
         self._news = trio.Event()
 
 
+@attrs.define
+class Held:
+    """A script that answers a request when it is told to."""
+
+    upstream: Upstream
+    release: trio.Event = attrs.field(factory=trio.Event)
+
+    async def __call__(self, peer: Peer) -> None:
+        received = await peer.receive_request()
+        assert received is not None
+        self.upstream.record(received)
+        await self.release.wait()
+        await peer.send(ok(b"held"))
+
+
 @asynccontextmanager
 async def open_upstream(default: Script | None = None, *, port: int = 0) -> AsyncIterator[Upstream]:
     """Listen as a target for the length of a block.

@@ -39,9 +39,8 @@ from tests.scripted import (
     TIME_LIMIT,
     Client,
     ConnectionCut,
-    Peer,
+    Held,
     Upstream,
-    ok,
     open_client,
     open_upstream,
 )
@@ -74,21 +73,6 @@ async def proxy() -> AsyncIterator[Proxy]:
 async def client(proxy: Proxy) -> AsyncIterator[Client]:
     async with open_client(proxy.http_port) as connection:
         yield connection
-
-
-@attrs.define
-class Held:
-    """A script that answers a request when it is told to."""
-
-    upstream: Upstream
-    release: trio.Event = attrs.field(factory=trio.Event)
-
-    async def __call__(self, peer: Peer) -> None:
-        received = await peer.receive_request()
-        assert received is not None
-        self.upstream.record(received)
-        await self.release.wait()
-        await peer.send(ok(b"held"))
 
 
 async def begin_held_request(client: Client, upstream: Upstream) -> None:

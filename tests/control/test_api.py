@@ -22,7 +22,7 @@ from kamal_proxy.listeners import accept, listen_unix
 from kamal_proxy.logs import Log
 from kamal_proxy.sockets import Poller
 from tests.running import Embedded, Lines, open_embedded
-from tests.scripted import Client, ConnectionCut, Peer, Response, Upstream, ok, open_client
+from tests.scripted import Client, ConnectionCut, Held, Response, Upstream, open_client
 
 Document = dict[str, Any]
 
@@ -128,21 +128,6 @@ async def api(directory: Path) -> AsyncIterator[ProxyApi]:
     path = directory / "kamal-proxy.sock"
     async with open_embedded(socket_path=path) as embedded:
         yield ProxyApi(path, embedded)
-
-
-@attrs.define
-class Held:
-    """A script that answers a request when it is told to."""
-
-    upstream: Upstream
-    release: trio.Event = attrs.field(factory=trio.Event)
-
-    async def __call__(self, peer: Peer) -> None:
-        received = await peer.receive_request()
-        assert received is not None
-        self.upstream.record(received)
-        await self.release.wait()
-        await peer.send(ok(b"held"))
 
 
 # --- what the resources answer -------------------------------------------------------------------
