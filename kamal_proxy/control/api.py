@@ -26,7 +26,13 @@ from kamal_proxy.control.messages import (
 )
 from kamal_proxy.errors import InvalidOptionsError, KamalProxyError, ShuttingDownError
 from kamal_proxy.http import pages
-from kamal_proxy.http.codec import HeaderPairs, ProtocolError, RequestHead, ServerCodec
+from kamal_proxy.http.codec import (
+    HeaderPairs,
+    ProtocolError,
+    RequestHead,
+    ServerCodec,
+    whole_response,
+)
 from kamal_proxy.options import DeployOptions
 from kamal_proxy.sockets import drop
 
@@ -253,12 +259,9 @@ class _Call:
         await self._answer(status, {"error": document}, headers)
 
     async def _reject(self, error: ProtocolError) -> None:
-        """Answer what is not HTTP; the codec is past speaking, so the connection ends."""
-        body = pages.reason(error.status).encode() + b"\n"
-        await self._send(
-            b"HTTP/1.1 %d %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
-            % (error.status, body.rstrip(), len(body), body)
-        )
+        """Answer what is not HTTP; the connection ends."""
+        reason = pages.reason(error.status)
+        await self._send(whole_response(error.status, reason, [], reason.encode() + b"\n"))
 
     async def _answer(
         self, status: int, document: object, headers: HeaderPairs | None = None

@@ -387,6 +387,20 @@ class ClientCodec(_Messages):
         return True
 
 
+def whole_response(status: int, reason: str, headers: HeaderPairs, body: bytes) -> bytes:
+    """Write a response to what could not be understood, after which no codec can speak."""
+    lines = [b"HTTP/1.1 %d %b" % (status, reason.encode())]
+    lines += [
+        name + b": " + value
+        for name, value in (
+            *headers,
+            (b"Content-Length", b"%d" % len(body)),
+            (b"Connection", b"close"),
+        )
+    ]
+    return b"\r\n".join((*lines, b"", body))
+
+
 def _ascii_target(data: bytes) -> bytes:
     """Percent-encode a request target that is not ASCII: some clients send plain UTF-8."""
     end = data.index(_CRLF)

@@ -12,7 +12,7 @@ import trio
 from kamal_proxy.http import pages
 from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.causes import CLIENT_CLOSED_REQUEST, Cause
-from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec
+from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec, whole_response
 from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.sockets import drop
 
@@ -147,19 +147,12 @@ class ClientConnection:
     async def _reject(self, status: int) -> bool:
         """Answer a head that can't be understood; the connection ends."""
         body = pages.render(status)
-        lines = (
-            b"HTTP/1.1 %d %b" % (status, pages.reason(status).encode()),
-            b"Date: " + self.server.date(),
-            b"Content-Type: " + pages.CONTENT_TYPE,
-            b"Content-Length: %d" % len(body),
-            b"Connection: close",
-            b"",
-            body,
-        )
+        headers = [(b"Date", self.server.date()), (b"Content-Type", pages.CONTENT_TYPE)]
+        response = whole_response(status, pages.reason(status), headers, body)
         self.move_deadline(_ANSWER_TIMEOUT, Cause.CLIENT_STALLED)
         told = False
         try:
-            await self.stream.send(b"\r\n".join(lines))
+            await self.stream.send(response)
             told = True
         except trio.BrokenResourceError:
             return False
