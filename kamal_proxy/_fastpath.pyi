@@ -38,3 +38,43 @@ class ChunkScanner:
         Raises:
             ValueError: the framing is malformed, or over a limit; the text says how.
         """
+
+class FrameTracker:
+    """Follows the frames of one direction of a WebSocket connection (RFC 6455 5.2).
+
+    It judges nothing: whatever the bytes are, they are read as masked or unmasked frames with any
+    opcode and reserved bits. What it says depends only on all bytes so far, not on how they came.
+    A 64-bit length with the top bit set, which the RFC forbids, is a frame that never ends.
+    """
+
+    def __init__(self) -> None: ...
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no frame is half gone by. A message of several frames may be."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether a Close frame has begun: its first byte has gone by. It stays so."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether a whole Close frame has gone by. It stays so."""
+
+    @property
+    def frames(self) -> int:
+        """How many whole frames have gone by, control frames included."""
+
+    def scan(self, data: bytes | bytearray | memoryview, stop_at_boundary: bool = False) -> int:
+        """Walk over the next bytes of the direction.
+
+        Args:
+            data: The bytes that follow those scanned so far.
+            stop_at_boundary: Whether to stop at the first frame boundary, which may be where the
+                data begins.
+
+        Returns:
+            How many bytes were walked over: all, unless stopped; scan the others next.
+        """
+
+def fnv1a_32(data: bytes | bytearray | memoryview) -> int:
+    """Return the 32-bit FNV-1a hash of the data, which rollouts split requests by."""

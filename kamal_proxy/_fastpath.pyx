@@ -210,3 +210,128 @@ cdef inline int _hex_digit(unsigned char c) noexcept nogil:
     if 0x61 <= c <= 0x66:
         return c - 0x61 + 10
     return -1
+
+
+cdef enum FrameState:
+    FRAME_START
+    FRAME_LENGTH
+    FRAME_LONG_LENGTH
+    FRAME_REST
+    FRAME_ENDLESS
+
+
+cdef class FrameTracker:
+    """Follows the frames of one direction of a WebSocket connection (RFC 6455 5.2)."""
+
+    cdef FrameState _state
+    cdef unsigned long long _left  # of the frame after its length: mask and payload
+    cdef int _digits  # bytes of a long length that are still to come
+    cdef bint _masked
+    cdef bint _is_close  # the current frame
+    cdef bint _closing
+    cdef bint _closed
+    cdef unsigned long long _frames
+
+    def __init__(self):
+        self._state = FRAME_START
+        self._left = 0
+        self._digits = 0
+        self._masked = False
+        self._is_close = False
+        self._closing = False
+        self._closed = False
+        self._frames = 0
+
+    @property
+    def at_boundary(self):
+        return self._state == FRAME_START
+
+    @property
+    def closing(self):
+        return self._closing
+
+    @property
+    def closed(self):
+        return self._closed
+
+    @property
+    def frames(self):
+        return self._frames
+
+    def scan(self, data, bint stop_at_boundary=False):
+        cdef Py_buffer view
+        cdef Py_ssize_t used
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            used = self._scan(<const unsigned char *>view.buf, view.len, stop_at_boundary)
+        finally:
+            PyBuffer_Release(&view)
+        return used
+
+    cdef Py_ssize_t _scan(
+        self, const unsigned char *data, Py_ssize_t length, bint stop
+    ) noexcept nogil:
+        cdef Py_ssize_t i = 0
+        cdef unsigned char c
+        if stop and self._state == FRAME_START:
+            return 0
+        while i < length:
+            if self._state == FRAME_REST:
+                if <unsigned long long>(length - i) < self._left:
+                    self._left -= <unsigned long long>(length - i)
+                    return length
+                i += <Py_ssize_t>self._left
+                self._left = 0
+            elif self._state == FRAME_ENDLESS:
+                return length
+            else:
+                c = data[i]
+                i += 1
+                if self._state == FRAME_START:
+                    self._is_close = (c & 0x0F) == 0x08
+                    self._closing = self._closing or self._is_close
+                    self._state = FRAME_LENGTH
+                    continue
+                if self._state == FRAME_LENGTH:
+                    self._masked = (c & 0x80) != 0
+                    c &= 0x7F
+                    if c >= 126:
+                        self._left = 0
+                        self._digits = 2 if c == 126 else 8
+                        self._state = FRAME_LONG_LENGTH
+                        continue
+                    self._left = c
+                else:
+                    self._left = self._left << 8 | c
+                    self._digits -= 1
+                    if self._digits:
+                        continue
+                    # RFC 6455 5.2 forbids the top bit; without it the mask can't overflow the sum.
+                    if self._left >> 63:
+                        self._state = FRAME_ENDLESS
+                        continue
+                if self._masked:
+                    self._left += 4
+                if self._left:
+                    self._state = FRAME_REST
+                    continue
+            self._frames += 1
+            self._closed = self._closed or self._is_close
+            self._state = FRAME_START
+            if stop:
+                return i
+        return i
+
+
+def fnv1a_32(data):
+    """Return the 32-bit FNV-1a hash of the data."""
+    cdef Py_buffer view
+    cdef Py_ssize_t i
+    cdef unsigned int value = 0x811C9DC5
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        for i in range(view.len):
+            value = (value ^ (<const unsigned char *>view.buf)[i]) * <unsigned int>0x01000193
+    finally:
+        PyBuffer_Release(&view)
+    return value

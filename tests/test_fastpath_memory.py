@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kamal_proxy import _fastpath
-from kamal_proxy._fastpath import ChunkScanner, scan_head
+from kamal_proxy._fastpath import ChunkScanner, FrameTracker, fnv1a_32, scan_head
 
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 ROUNDS = int(os.environ.get("LEAK_ROUNDS", "50000"))
@@ -26,10 +26,17 @@ LIMIT = 6
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 BODY = b"3;x=y\r\nabc\r\n0\r\nA: b\r\n\r\n"
+FRAMES = (
+    b"\x81\x03abc"  # unmasked
+    b"\x09\x80mask"  # masked, empty
+    b"\x82\xfe\x00\x02maskab"  # 16-bit length
+    b"\x88\x7f\0\0\0\0\0\0\0\x01x"  # 64-bit length
+)
 ENDS = [b"\r", b"\n", b" ", b"\t", b"\0", b"\x7f", b"\xff", b"0", b"a", b";", b":"]
 NOISE = st.lists(
     st.one_of(
         st.sampled_from([b"\r\n", b"\r\n\r\n", b"A: b", b"3\r\nabc\r\n", b"0\r\n", *ENDS]),
+        st.sampled_from([b"\x81\x03abc", b"\x88\xfe\0\x02", b"\x82\x7f", b"\0" * 7, b"\x80"]),
         st.binary(max_size=3),
     ),
     max_size=12,
@@ -56,6 +63,18 @@ def chunk_verdict(pieces: list[memoryview] | list[bytes]) -> tuple[int, bool] | 
         return str(error)
 
 
+def frame_verdict(
+    pieces: list[memoryview] | list[bytes],
+) -> tuple[list[int], bool, bool, bool, int]:
+    """Scan the pieces, each of them to its first boundary and then to its end."""
+    tracker = FrameTracker()
+    used: list[int] = []
+    for piece in pieces:
+        used.append(tracker.scan(piece, stop_at_boundary=True))
+        used.append(tracker.scan(piece[used[-1] :]))
+    return used, tracker.at_boundary, tracker.closing, tracker.closed, tracker.frames
+
+
 def test_the_build_under_test_is_the_one_that_was_asked_for() -> None:
     """In particular, the instrumented build has not replaced the normal one."""
     assert (b"__asan_init" in Path(_fastpath.__file__).read_bytes()) == SANITIZED
@@ -70,6 +89,10 @@ def test_every_prefix_of_a_message_ends_where_its_buffer_ends(end: bytes) -> Non
     for size in range(len(BODY) + 1):
         data = BODY[:size] + end
         assert chunk_verdict([exact(data)]) == chunk_verdict([data])
+    for size in range(len(FRAMES) + 1):
+        data = FRAMES[:size] + end
+        assert frame_verdict([exact(data)]) == frame_verdict([data])
+        assert fnv1a_32(exact(data)) == fnv1a_32(data)
 
 
 @pytest.mark.fuzz
@@ -80,10 +103,12 @@ def test_any_bytes_end_where_their_buffer_ends(data: bytes, start: int, cut: int
     assert head_verdict(exact(data), start) == head_verdict(data, start)
     pieces = [data[:cut], data[cut:]]
     assert chunk_verdict([exact(piece) for piece in pieces]) == chunk_verdict(pieces)
+    assert frame_verdict([exact(piece) for piece in pieces]) == frame_verdict(pieces)
+    assert fnv1a_32(exact(data)) == fnv1a_32(data)
 
 
 def exercise(rounds: int) -> None:
-    """Take every way out of both scanners, errors included."""
+    """Take every way out of every call, errors included."""
     data = bytearray(HEAD)
     for number in range(rounds):
         scan_head(data)
@@ -91,11 +116,17 @@ def exercise(rounds: int) -> None:
         scanner = ChunkScanner(LIMIT)
         scanner.scan(BODY)
         chunk_verdict([b"3\r\nabcd"])
+        frame_verdict([FRAMES])
+        fnv1a_32(data)
         if number % 16 == 0:
             with pytest.raises(IndexError):
                 scan_head(data, -1)
             with pytest.raises(TypeError):
                 scanner.scan("")  # type: ignore[arg-type]  # the wrong type is the test
+            with pytest.raises(TypeError):
+                FrameTracker().scan("")  # type: ignore[arg-type]  # the wrong type is the test
+            with pytest.raises(TypeError):
+                fnv1a_32("")  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def occupied() -> tuple[int, int]:
