@@ -68,6 +68,24 @@ class DeployFailedError(KamalProxyError):
     code = "deploy_failed"
 
 
+class ErrorPagesError(KamalProxyError):
+    """A service's own error pages can't be used; ``details`` has a line per file or directory."""
+
+    code = "error_pages"
+
+
+class RolloutNotSetError(KamalProxyError):
+    """The service has no rollout targets."""
+
+    code = "rollout_not_set"
+
+
+class ResumedError(KamalProxyError):
+    """A pause or stop came to nothing, because the service was resumed before its drain ended."""
+
+    code = "resumed"
+
+
 class StateError(KamalProxyError):
     """The saved state can't be read or written; the sentence names the file."""
 

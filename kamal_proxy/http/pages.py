@@ -99,6 +99,11 @@ def reason(status: int) -> str:
     return _REASONS.get(status, "")
 
 
+def escape(text: str) -> str:
+    """Return a text as it may stand in HTML, also between quotes; lone surrogates become U+FFFD."""
+    return _LONE_SURROGATE.sub("\ufffd", text).translate(_ESCAPES)
+
+
 def render(status: int, message: str = "") -> bytes:
     """Return the page for a status, encoded as UTF-8.
 
@@ -108,9 +113,8 @@ def render(status: int, message: str = "") -> bytes:
             have no room for it.
     """
     if message and status == HTTPStatus.SERVICE_UNAVAILABLE:
-        text = _LONE_SURROGATE.sub("\ufffd", message).translate(_ESCAPES)
         heading, _ = _TEXTS[status]
-        return _PAGE.format(status=status, heading=heading, text=text).encode()
+        return _PAGE.format(status=status, heading=heading, text=escape(message)).encode()
     return _page(status)
 
 

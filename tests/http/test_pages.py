@@ -138,6 +138,7 @@ def test_other_pages_have_no_room_for_a_message(status: int) -> None:
 def test_the_message_is_escaped_as_the_original_does(message: str, escaped: str) -> None:
     page = pages.render(503, message)
     assert f'<p dir="auto">{escaped}</p>'.encode() in page
+    assert pages.escape(message) == escaped
 
 
 @given(st.text(min_size=1))
