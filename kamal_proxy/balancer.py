@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from kamal_proxy._fastpath import fnv1a_32
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
 
 class Candidate(Protocol):
@@ -46,3 +48,24 @@ class RoundRobin:
             if target.in_rotation and target not in avoid:
                 return target
         return None
+
+
+_MAX_HASH = 0xFFFFFFFF
+
+
+def split_point(percentage: int) -> float:
+    """Return the largest 32-bit hash that belongs to a share of all clients, 0 to 100."""
+    return _MAX_HASH * (percentage / 100)
+
+
+def is_chosen(value: bytes, point: float, allowlist: Container[str]) -> bool:
+    """Return whether a client belongs to a rollout.
+
+    Args:
+        value: Value of the client's cookie.
+        point: The share, as :func:`split_point` returned it.
+        allowlist: Values that always belong to it.
+    """
+    if not value:
+        return False
+    return value.decode("utf-8", "surrogateescape") in allowlist or fnv1a_32(value) <= point

@@ -1,8 +1,9 @@
-"""One generation of targets: its probes, its requests in flight, its drain.
+"""One generation of targets: its probes, its requests in flight, its drains.
 
 A deployment is one task. It probes its targets until it is retired, then waits for its requests,
-cuts what is left at the deadline, and closes its idle upstream connections. It knows neither HTTP
-nor UDP: how to probe a target and what connections to it are is given to it.
+cuts what is left at the deadline, and closes its idle upstream connections. A paused service drains
+its deployment too, and goes on with it later. It knows neither HTTP nor UDP: how to probe a target
+and what connections to it are is given to it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,27 @@ if TYPE_CHECKING:
 _UNWIND = 5.0  # seconds
 
 
+@attrs.define(eq=False)
+class Drain:
+    """One drain, as those see it whom it waits for.
+
+    Attributes:
+        deadline: When what is left is cut, on Trio's clock; may be infinite.
+        called_off: Whether nothing has to end any more.
+    """
+
+    deadline: float
+    called_off: bool = False
+    _left: set[InFlight] = attrs.field(factory=set)
+    _cut: set[InFlight] = attrs.field(factory=set)
+    _over: trio.Event = attrs.field(factory=trio.Event)
+
+
 class InFlight(Protocol):
     """A request, or a session, that a deployment is serving."""
+
+    def begin_drain(self, drain: Drain) -> None:
+        """Take note of a drain; whatever would not end by itself should end before its deadline."""
 
     def abort_drained(self) -> None:
         """End now: the drain deadline has passed."""
@@ -49,8 +69,10 @@ class Target:
         port: Port to connect to.
         health: Its health.
         connections: Its pooled connections.
-        alone: Whether it is the only target; such a one is never taken out of rotation.
+        alone: Whether it is the only target that takes writes; such a one is never taken out of
+            rotation.
         forced: Whether it may serve before its first probe succeeded.
+        read_only: Whether it only takes requests that read.
         in_flight: Requests it is serving.
     """
 
@@ -61,6 +83,7 @@ class Target:
     connections: Connections
     alone: bool
     forced: bool
+    read_only: bool = False
     in_flight: int = 0
 
     @property
@@ -94,6 +117,7 @@ class Deployment:
         probe: Probes one target; it has its own time limit and never raises.
         connect: Makes the connections of a target from its host and port.
         log: Where health changes are logged.
+        readers: ``host:port`` of each target that only takes requests that read.
         trusted: Whether the targets count as healthy at once (restored after a restart).
         forced: Whether the targets may serve before they were found healthy.
     """
@@ -106,6 +130,7 @@ class Deployment:
         probe: Probe,
         connect: Callable[[str, int], Connections],
         log: Log,
+        readers: Iterable[str] = (),
         trusted: bool = False,
         forced: bool = False,
     ) -> None:
@@ -113,8 +138,9 @@ class Deployment:
         self._health_check = health_check
         self._probe = probe
         self._log = log
-        self.targets: Sequence[Target] = tuple(
-            Target(
+
+        def target(name: str, *, read_only: bool) -> Target:
+            return Target(
                 name,
                 *split_target(name),
                 health=Health(
@@ -122,16 +148,20 @@ class Deployment:
                     TargetState.HEALTHY if trusted else TargetState.ADDING,
                 ),
                 connections=connect(*split_target(name)),
-                alone=len(names) == 1,
+                alone=len(names) == 1 and not read_only,
                 forced=forced,
+                read_only=read_only,
             )
-            for name in names
-        )
-        self._balancer = RoundRobin()
+
+        self._writers = tuple(target(name, read_only=False) for name in names)
+        self._readers = tuple(target(name, read_only=True) for name in readers)
+        self.targets: Sequence[Target] = self._writers + self._readers
+        self._writer_turn = RoundRobin()
+        self._reader_turn = RoundRobin()
         self._in_flight: set[InFlight] = set()
+        self._drains: list[Drain] = []
         self._probing = trio.CancelScope()
         self._healthy = trio.Event()
-        self._idle = trio.Event()
         self._drained = trio.Event()
         self._drain_timeout = math.inf
         self._result = DrainResult()
@@ -149,6 +179,21 @@ class Deployment:
         """How many requests it is serving."""
         return len(self._in_flight)
 
+    @property
+    def writer_names(self) -> tuple[str, ...]:
+        """``host:port`` of each target that takes all requests."""
+        return tuple(target.name for target in self._writers)
+
+    @property
+    def reader_names(self) -> tuple[str, ...]:
+        """``host:port`` of each target that only takes requests that read."""
+        return tuple(target.name for target in self._readers)
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether some of its targets only take requests that read."""
+        return bool(self._readers)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until drained: probe, then drain once retired."""
         try:
@@ -157,7 +202,7 @@ class Deployment:
                     for target in self.targets:
                         nursery.start_soon(self._watch, target)
                     task_status.started()
-            await self._drain()
+            self._result = await self.drain(self._drain_timeout)
         finally:
             for target in self.targets:
                 target.connections.close()
@@ -167,9 +212,18 @@ class Deployment:
         """Wait until every target has answered a probe."""
         await self._healthy.wait()
 
-    def choose(self, avoid: set[Target]) -> Target | None:
-        """Return the target for a request, or None when none is in rotation."""
-        return self._balancer.choose(self.targets, avoid)
+    def choose(self, avoid: set[Target], *, reading: bool = False) -> Target | None:
+        """Return the target for a request, or None when none is in rotation.
+
+        Args:
+            avoid: Targets that have just failed this request.
+            reading: Whether a read-only target may have it, and should if there is one.
+        """
+        if reading and self._readers:
+            target = self._reader_turn.choose(self._readers, avoid)
+            if target is not None:
+                return target
+        return self._writer_turn.choose(self._writers, avoid)
 
     def begin(self, request: InFlight) -> None:
         """Count a request as in flight until :meth:`end`."""
@@ -179,8 +233,10 @@ class Deployment:
     def end(self, request: InFlight) -> None:
         """Forget a request that has ended."""
         self._in_flight.discard(request)
-        if not self._in_flight:
-            self._idle.set()
+        for drain in self._drains:
+            drain._left.discard(request)
+            if not drain._left:
+                drain._over.set()
 
     def retire(self, drain_timeout: float) -> None:
         """Stop probing and begin to drain; the caller has taken it out of routing.
@@ -202,20 +258,38 @@ class Deployment:
         await self._drained.wait()
         return self._result
 
-    async def _drain(self) -> None:
-        started_with = len(self._in_flight)
-        if self._in_flight:
-            self._idle = trio.Event()
-            with trio.move_on_after(self._drain_timeout):
-                await self._idle.wait()
-        cut = tuple(self._in_flight)
-        if cut:
-            self._idle = trio.Event()
+    async def drain(self, within: float) -> DrainResult:
+        """Wait for the requests that are in flight now, and cut what is left of them in the end.
+
+        Requests that begin meanwhile are not concerned. Cancelled, the drain is called off: nothing
+        is cut.
+
+        Args:
+            within: Seconds until requests are cut; may be infinite.
+        """
+        drain = Drain(trio.current_time() + within)
+        drain._left.update(self._in_flight)
+        if not drain._left:
+            return DrainResult()
+        concerned = len(drain._left)
+        self._drains.append(drain)
+        try:
+            for request in tuple(drain._left):
+                request.begin_drain(drain)
+            with trio.move_on_after(within):
+                await drain._over.wait()
+            cut = tuple(drain._left)
+            for other in self._drains:
+                other._cut.update(other._left.intersection(cut))
             for request in cut:
                 request.abort_drained()
-            with trio.move_on_after(_UNWIND):
-                await self._idle.wait()
-        self._result = DrainResult(started_with - len(cut), len(cut))
+            if cut:
+                with trio.move_on_after(_UNWIND):
+                    await drain._over.wait()
+        finally:
+            drain.called_off = True
+            self._drains.remove(drain)
+        return DrainResult(concerned - len(drain._cut), len(drain._cut))
 
     async def _watch(self, target: Target) -> None:
         while True:

@@ -49,18 +49,21 @@ _TELL_INTERVAL = 10.0  # seconds
 def listen_tcp(bind: str, port: int) -> socket.socket:
     """Bind a TCP listener; an empty ``bind`` listens on all addresses, IPv4 and IPv6.
 
+    ``::`` means all of IPv6 only, so that ``0.0.0.0`` can be listened on beside it.
+
     Raises:
         ListenError: naming the address and what to do.
     """
+    name = f"[{bind}]:{port}" if ":" in bind else f"{bind}:{port}"
     try:
         family, address = _listen_address(bind, port)
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise ListenError(f"listen tcp {bind}:{port}: {_reason(error)}") from error
+        raise ListenError(f"listen tcp {name}: {_reason(error)}") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and not bind:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(bind))
         sock.setblocking(False)
         sock.bind(address)
         sock.listen(BACKLOG)
@@ -72,7 +75,7 @@ def listen_tcp(bind: str, port: int) -> socket.socket:
                 " (ports below 1024 need the capability CAP_NET_BIND_SERVICE or the sysctl "
                 f"net.ipv4.ip_unprivileged_port_start={port}; or choose another port)"
             )
-        raise ListenError(f"listen tcp {bind}:{port}: bind: {_reason(error)}{hint}") from error
+        raise ListenError(f"listen tcp {name}: bind: {_reason(error)}{hint}") from error
     return sock
 
 
@@ -167,7 +170,8 @@ async def accept(
         handle: Called with each stream and the client's address; it must not raise, and the
             stream is closed after it.
         nursery: Where the connections live.
-        limiter: Acquired for each connection, released when it ends.
+        limiter: Acquired for each connection, released when it ends. Several listeners may share
+            one: while none of them has a connection to accept, none of them holds it.
         on_error: Told why accepting pauses (out of descriptors, of memory), but not more often
             than every few seconds.
     """
@@ -190,10 +194,15 @@ async def accept(
     while True:
         await limiter.acquire()
         try:
-            sock, address = await _accept_one(listener, paused)
+            accepted = await _accept_waiting(listener, paused)
         except BaseException:
             limiter.release()
             raise
+        if accepted is None:
+            limiter.release()
+            await trio.lowlevel.wait_readable(listener)
+            continue
+        sock, address = accepted
         try:
             stream = poller.open_stream(sock)
         except OSError as error:
@@ -204,14 +213,15 @@ async def accept(
         nursery.start_soon(serve, stream, address)
 
 
-async def _accept_one(
+async def _accept_waiting(
     listener: socket.socket, on_error: Callable[[OSError], None]
-) -> tuple[socket.socket, Address]:
+) -> tuple[socket.socket, Address] | None:
+    """Accept a connection that waits, if one does."""
     while True:
         try:
             sock, address = listener.accept()
         except BlockingIOError:
-            await trio.lowlevel.wait_readable(listener)
+            return None
         except OSError as error:
             if error.errno in _CAPACITY_ERRNOS:
                 on_error(error)

@@ -81,11 +81,13 @@ class Log:
         scheme: str,
         query: bytes,
         headers: list[tuple[str, bytes]],
+        reason: str = "",
     ) -> None:
         """Log one served request; the keywords are the fields of the line, in the contract's order.
 
         ``duration`` is nanoseconds, ``req_content_length`` -1 for a chunked body, and ``headers``
-        are further fields: (``req_<name>`` or ``resp_<name>``, value).
+        are further fields: (``req_<name>`` or ``resp_<name>``, value). ``reason`` is added, after
+        all others, to the line of a request that did not end well.
         """
         line = (
             f'{{"time":"{self._time()}","level":"INFO","msg":"Request",'
@@ -102,6 +104,8 @@ class Log:
         )
         for name, value in headers:
             line += f",{_quote(name)}:{_text(value)}"
+        if reason:
+            line += f',"reason":"{reason}"'
         self._write(line + "}")
 
     def _line(self, level: str, message: str, fields: dict[str, object]) -> None:

@@ -45,9 +45,18 @@ def _hosts(values: Iterable[str] | None) -> tuple[str, ...]:
     return () if hosts == ("",) else hosts
 
 
+def _addresses(values: Iterable[str] | str | None) -> tuple[str, ...]:
+    """Normalise addresses; a single one may be given as it is, and none means all."""
+    return tuple(filter(None, (values,) if isinstance(values, str) else _texts(values)))
+
+
 def _path_prefixes(values: Iterable[str] | None) -> tuple[str, ...]:
     """Normalise prefixes to a slash and the trimmed rest; none means the root."""
-    return tuple("/" + value.strip("/") for value in _texts(values)) or ("/",)
+    return tuple(map(_path_prefix, _texts(values))) or ("/",)
+
+
+def _path_prefix(value: str) -> str:
+    return "/" + value.strip("/")
 
 
 def split_target(target: str) -> tuple[str, int]:
@@ -98,6 +107,28 @@ class HealthCheckOptions:
 
 
 @attrs.frozen(kw_only=True)
+class PathTimeout:
+    """Another limit for the head of a response, for one part of a service.
+
+    Attributes:
+        path: Path prefix as the target sees it; it matches whole segments.
+        timeout: Seconds; 0 means no limit.
+    """
+
+    path: str = attrs.field(converter=_path_prefix)
+    timeout: float
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        if not _PATH.fullmatch(self.path):
+            raise InvalidOptionsError(
+                f"path-timeout '{self.path}' must begin with a path without spaces, ? or #, "
+                "such as /reports=5m"
+            )
+        _require_not_negative(f"path-timeout of {self.path}", self.timeout)
+
+
+@attrs.frozen(kw_only=True)
 class TargetOptions:
     """How requests travel to a service's targets.
 
@@ -109,6 +140,17 @@ class TargetOptions:
             yes unless the service uses TLS.
         log_request_headers: Names of request headers added to each log line.
         log_response_headers: Names of response headers added to each log line.
+        buffer_requests: Whether a request is read whole before a target is asked.
+        buffer_responses: Whether a response of known length is read whole before the client gets
+            any of it.
+        max_memory_buffer_size: Bytes of one buffered body that are kept in memory; the rest is
+            written to a file.
+        max_request_body_size: Largest buffered request body in bytes; 0 means no limit.
+        max_response_body_size: Largest buffered response body in bytes; 0 means no limit.
+        scope_cookie_paths: Whether the path prefix is put in front of the paths of cookies.
+        path_timeouts: Other values of ``response_timeout``; the longest matching path wins.
+        websocket_idle_timeout: Seconds after which a WebSocket that carries nothing in either
+            direction is closed; 0 means never.
     """
 
     health_check: HealthCheckOptions = attrs.field(factory=HealthCheckOptions)
@@ -122,10 +164,15 @@ class TargetOptions:
     log_response_headers: tuple[str, ...] = attrs.field(default=(), converter=_texts)
     forward_headers: bool | None = None
     scope_cookie_paths: bool = False
+    path_timeouts: tuple[PathTimeout, ...] = ()
+    websocket_idle_timeout: float = 0.0
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
         self.health_check.validate()
+        _require_not_negative("websocket-idle-timeout", self.websocket_idle_timeout)
+        for limit in self.path_timeouts:
+            limit.validate()
         _require_not_negative("target-timeout", self.response_timeout)
         _require_not_negative("buffer-memory", self.max_memory_buffer_size)
         _require_not_negative("max-request-body", self.max_request_body_size)
@@ -147,6 +194,13 @@ class ServiceOptions:
         hosts: Host names, ``*.rest`` for exactly one leading label; empty means every host.
         path_prefixes: Normalised path prefixes; ``("/",)`` by default.
         strip_prefix: Whether the target sees the path without the prefix.
+        canonical_host: Host to which requests for any other are redirected; empty means none.
+        error_page_path: Directory with the service's own error pages; empty means none.
+        writer_affinity_timeout: Seconds for which a client that wrote keeps off the read targets;
+            0 means not at all.
+        read_targets_accept_websockets: Whether WebSockets may go to read targets.
+        exclude_metrics_paths: Paths, as the target sees them, that are left out of the metrics.
+        client_ip_header: Request header whose value becomes the incoming X-Forwarded-For.
     """
 
     hosts: tuple[str, ...] = attrs.field(default=(), converter=_hosts)
@@ -267,20 +321,89 @@ class DeployOptions:
                 f"service name '{self.service}' must be 1 to {MAX_NAME} printable ASCII characters "
                 "without spaces or slashes"
             )
-        if not self.targets:
-            raise InvalidOptionsError("at least one target is required")
-        for target in (*self.targets, *self.read_targets):
-            split_target(target)
+        _require_targets(self.targets, self.read_targets)
         self.service_options.validate()
         self.target_options.validate()
         self.deployment_options.validate()
-        for flag in unsupported_flags(self.service_options, self.target_options, self.read_targets):
+        for flag in unsupported_flags(self.service_options):
             raise NotSupportedYetError(
                 f"--{flag} is not supported yet by this version of kamal-proxy"
             )
 
 
-# Field of ServiceOptions or TargetOptions -> flag, for behaviour that arrives with a later version.
+@attrs.frozen(kw_only=True)
+class PauseOptions:
+    """How a service is paused.
+
+    Attributes:
+        drain_timeout: Seconds that requests in flight may take to finish.
+        max_pause: Seconds that a request waits for the end of the pause before it fails.
+    """
+
+    drain_timeout: float = 30.0
+    max_pause: float = 30.0
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        _require_not_negative("drain-timeout", self.drain_timeout)
+        _require_not_negative("max-pause", self.max_pause)
+
+
+@attrs.frozen(kw_only=True)
+class StopOptions:
+    """How a service is stopped.
+
+    Attributes:
+        drain_timeout: Seconds that requests in flight may take to finish.
+        message: What visitors are told meanwhile.
+    """
+
+    drain_timeout: float = 30.0
+    message: str = ""
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        _require_not_negative("drain-timeout", self.drain_timeout)
+
+
+@attrs.frozen(kw_only=True)
+class RolloutOptions:
+    """What one deploy of a service's rollout targets states.
+
+    Attributes:
+        targets: ``host:port`` of each target.
+        read_targets: ``host:port`` of each read-only target.
+    """
+
+    targets: tuple[str, ...] = attrs.field(converter=_texts)
+    read_targets: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    deployment_options: DeploymentOptions = attrs.field(factory=DeploymentOptions)
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        _require_targets(self.targets, self.read_targets)
+        self.deployment_options.validate()
+
+
+@attrs.frozen(kw_only=True)
+class RolloutSplit:
+    """Which clients are served by the rollout targets, by the value of their cookie.
+
+    Attributes:
+        percentage: Share of the cookie's values, 0 to 100.
+        allowlist: Values that always belong to it.
+    """
+
+    percentage: int = 0
+    allowlist: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work."""
+        if not 0 <= self.percentage <= 100:
+            raise InvalidOptionsError(f"percent {self.percentage} must be from 0 to 100")
+
+
+# Field of ServiceOptions -> flag, for behaviour that arrives with a later version.
 # A deploy that asks for one is refused; a restored service that has one is served without it and
 # says so in the log. Every value survives in the saved state.
 _UNSUPPORTED_SERVICE = {
@@ -289,49 +412,24 @@ _UNSUPPORTED_SERVICE = {
     "tls_private_key_path": "tls-private-key-path",
     "tls_on_demand_url": "tls-on-demand-url",
     "acme_directory": "tls-staging",
-    "tls_redirect": "tls-redirect",
-    "canonical_host": "canonical-host",
-    "error_page_path": "error-pages",
-    "writer_affinity_timeout": "writer-affinity-timeout",
-    "read_targets_accept_websockets": "read-target-websockets",
-    "exclude_metrics_paths": "exclude-metrics-path",
-    "client_ip_header": "client-ip-header",
-}
-_UNSUPPORTED_TARGET = {
-    "buffer_requests": "buffer-requests",
-    "buffer_responses": "buffer-responses",
-    "max_memory_buffer_size": "buffer-memory",
-    "max_request_body_size": "max-request-body",
-    "max_response_body_size": "max-response-body",
-    "scope_cookie_paths": "scope-cookie-paths",
 }
 NOT_SUPPORTED_YET = frozenset(
     {
-        "read-target",
         *_UNSUPPORTED_SERVICE.values(),
-        *_UNSUPPORTED_TARGET.values(),
-        "metrics-port",
         "http3",
     }
 )
 """Flags that help texts must mark."""
 
 
-def unsupported_flags(
-    service: ServiceOptions, target: TargetOptions, read_targets: tuple[str, ...] = ()
-) -> Iterator[str]:
+def unsupported_flags(service: ServiceOptions) -> Iterator[str]:
     """Yield the flag of each option that asks for behaviour this version does not have.
 
     An option at its default asks for nothing.
     """
-    if read_targets:
-        yield "read-target"
-    service_defaults, target_defaults = ServiceOptions(), TargetOptions()
+    defaults = ServiceOptions()
     for field, flag in _UNSUPPORTED_SERVICE.items():
-        if getattr(service, field) != getattr(service_defaults, field):
-            yield flag
-    for field, flag in _UNSUPPORTED_TARGET.items():
-        if getattr(target, field) != getattr(target_defaults, field):
+        if getattr(service, field) != getattr(defaults, field):
             yield flag
 
 
@@ -357,10 +455,13 @@ class RunOptions:
     Attributes:
         http_port: TCP port for plain HTTP; 0 lets the kernel choose (see ``Proxy.http_port``).
         https_port: TCP port for HTTPS. Not served yet.
-        metrics_port: TCP port for metrics; 0 means none. Not served yet.
+        metrics_port: TCP port for metrics; 0 means none.
         http3: Whether HTTP/3 is served. Not served yet.
         debug: Whether debug lines are logged.
-        bind: Address to listen on; empty means all, IPv4 and IPv6.
+        bind: Addresses to listen on; none means all, IPv4 and IPv6.
+        trusted_proxies: Networks (``192.0.2.0/24``, or an address) whose X-Forwarded-* headers,
+            Forwarded and client-ip-header are believed. Without any, everybody's are.
+        proxy_protocol_from: Networks whose connections begin with a PROXY protocol header.
         data_directory: Where the saved state lives; ``None`` means state is not saved.
         socket_path: Unix socket of the admin API; ``None`` means there is none.
         head_timeout: Seconds in which the head of a request must arrive once it has begun.
@@ -369,7 +470,13 @@ class RunOptions:
             response to it, may wait for the client.
         shutdown_timeout: Seconds that requests in flight may take to finish at shutdown.
         max_head_size: Largest head of a request, and of a response, in bytes.
+        max_headers: Most header fields of a request.
         max_connections: Client connections that may be open at once; more wait to be accepted.
+        spill_directory: Where buffered bodies are written that do not fit into memory; ``None``
+            means the system's directory for temporary files.
+        max_spill: Bytes that may lie there at once; 0 means no limit.
+        max_buffer_memory: Bytes of buffered bodies in memory at once; what is over is written to
+            the spill directory.
     """
 
     http_port: int = 80
@@ -377,7 +484,9 @@ class RunOptions:
     metrics_port: int = 0
     http3: bool = False
     debug: bool = False
-    bind: str = ""
+    bind: tuple[str, ...] = attrs.field(default=(), converter=_addresses)
+    trusted_proxies: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    proxy_protocol_from: tuple[str, ...] = attrs.field(default=(), converter=_texts)
     data_directory: Path | None = None
     socket_path: Path | None = None
     head_timeout: float = 30.0
@@ -385,7 +494,11 @@ class RunOptions:
     stall_timeout: float = 60.0
     shutdown_timeout: float = 10.0
     max_head_size: int = 64 * 1024
+    max_headers: int = 200
     max_connections: int = 10_000
+    spill_directory: Path | None = None
+    max_spill: int = 10 * 1024**3
+    max_buffer_memory: int = 256 * 1024**2
 
     @property
     def state_path(self) -> Path | None:
@@ -401,15 +514,29 @@ class RunOptions:
         _require_not_negative("shutdown-timeout", self.shutdown_timeout)
         if self.max_head_size < 1024:
             raise InvalidOptionsError("max-head-size must be at least 1024 bytes")
-        _require_positive("max-connections", self.max_connections)
-        if self.metrics_port:
-            raise NotSupportedYetError(
-                "--metrics-port is not supported yet by this version of kamal-proxy"
-            )
+        for option in ("max-headers", "max-connections"):
+            _require_positive(option, getattr(self, option.replace("-", "_")))
+        for option in ("max-spill", "max-buffer-memory"):
+            _require_not_negative(option, getattr(self, option.replace("-", "_")))
+        for address in self.bind:
+            _require_address("bind", address)
+        for option, networks in (
+            ("trusted-proxy", self.trusted_proxies),
+            ("proxy-protocol-from", self.proxy_protocol_from),
+        ):
+            for network in networks:
+                _require_network(option, network)
         if self.http3:
             raise NotSupportedYetError(
                 "--http3 is not supported yet by this version of kamal-proxy"
             )
+
+
+def _require_targets(targets: tuple[str, ...], read_targets: tuple[str, ...]) -> None:
+    if not targets:
+        raise InvalidOptionsError("at least one target is required")
+    for target in (*targets, *read_targets):
+        split_target(target)
 
 
 def _require_host(host: str) -> None:
@@ -439,6 +566,29 @@ def _is_ipv6(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _require_address(option: str, text: str) -> None:
+    from ipaddress import ip_address  # seldom needed, and a command should start fast
+
+    try:
+        ip_address(text.partition("%")[0])
+    except ValueError:
+        raise InvalidOptionsError(
+            f"{option} '{text}' is not an IP address (such as 192.0.2.1 or 2001:db8::1)"
+        ) from None
+
+
+def _require_network(option: str, text: str) -> None:
+    from ipaddress import ip_network  # see above
+
+    try:
+        ip_network(text)
+    except ValueError as error:
+        hint = "; clear the bits after the prefix" if "host bits" in str(error) else ""
+        raise InvalidOptionsError(
+            f"{option} '{text}' is not a network (such as 192.0.2.0/24 or 2001:db8::/32){hint}"
+        ) from None
 
 
 def _require_port(option: str, value: int, *, lowest: int) -> None:

@@ -15,25 +15,38 @@ import trio
 from kamal_proxy import listeners
 from kamal_proxy.control.api import ControlServer
 from kamal_proxy.errors import ShuttingDownError
+from kamal_proxy.http.bodies import Spill
+from kamal_proxy.http.error_pages import load_error_pages
 from kamal_proxy.http.probe import HttpProbe
 from kamal_proxy.http.server import HttpServer
 from kamal_proxy.http.upstream import UpstreamPool
 from kamal_proxy.logs import Log
-from kamal_proxy.options import DeployOptions, RunOptions
+from kamal_proxy.metrics import Metrics
+from kamal_proxy.metrics_server import MetricsServer
+from kamal_proxy.options import (
+    DeployOptions,
+    PauseOptions,
+    RolloutOptions,
+    RolloutSplit,
+    RunOptions,
+    StopOptions,
+)
 from kamal_proxy.services import Services
 from kamal_proxy.sockets import Poller
 from kamal_proxy.state import StateFile
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from kamal_proxy.control.messages import Event, ServiceDescription
     from kamal_proxy.deployment import DrainResult
+    from kamal_proxy.listeners import Address
+    from kamal_proxy.sockets import SocketStream
 
 # Of the time for shutting down, this much is kept for telling those who did not finish.
 _ABORT_TIME = 1.0  # seconds
-_MAX_CONTROL_CONNECTIONS = 1000
+_MAX_OTHER_CONNECTIONS = 1000
 
 
 class Proxy:
@@ -52,6 +65,7 @@ class Proxy:
         self._log = Log(log or logging.getLogger("kamal_proxy").info, debug=options.debug)
         self._started = False
         self._stop = trio.Event()
+        self._metrics = Metrics()
         self._services: Services | None = None
         self._http: HttpServer | None = None
 
@@ -87,11 +101,19 @@ class Proxy:
             def connect(host: str, port: int) -> UpstreamPool:
                 return UpstreamPool(poller, host, port, options.max_head_size)
 
-            services = Services(state, self._log, probe=HttpProbe(poller), connect=connect)
-            restored = services.restore()
-            listener = stack.enter_context(
-                contextlib.closing(listeners.listen_tcp(options.bind, options.http_port))
+            services = Services(
+                state,
+                self._log,
+                probe=HttpProbe(poller),
+                connect=connect,
+                load_pages=load_error_pages,
+                metrics=self._metrics,
             )
+            restored = services.restore()
+            bound = _listen(options.bind, options.http_port, stack)
+            scraped = []
+            if options.metrics_port:
+                scraped = _listen(options.bind, options.metrics_port, stack)
             control = None
             if options.socket_path is not None:
                 control = stack.enter_context(listeners.listen_unix(options.socket_path))
@@ -101,9 +123,9 @@ class Proxy:
                     await services.start(deployments, restored)
                     self._services = services
                     try:
-                        await self._serve(services, listener, control, poller, task_status)
+                        await self._serve(services, bound, scraped, control, poller, task_status)
                     finally:
-                        services.stop()
+                        services.close()
                         deployments.cancel_scope.cancel(reason="the proxy stops")
                 base.cancel_scope.cancel(reason="the proxy stops")
             self._log.info("Server stopped")
@@ -127,33 +149,49 @@ class Proxy:
     async def _serve(
         self,
         services: Services,
-        listener: socket.socket,
+        bound: list[socket.socket],
+        scraped: list[socket.socket],
         control: socket.socket | None,
         poller: Poller,
         task_status: trio.TaskStatus[Proxy],
     ) -> None:
         options = self.options
+        spill = Spill(options.spill_directory, options.max_spill, options.max_buffer_memory)
         http = self._http = HttpServer(
-            options, lambda: services.routes, self._log, listener.getsockname()[1]
+            options,
+            lambda: services.routes,
+            self._log,
+            self._metrics,
+            spill,
+            bound[0].getsockname()[1],
         )
+        self._register_gauges(http, spill)
         # Each nursery's deadline also holds for those inside it, hence this order.
         async with trio.open_nursery() as clients:
             async with trio.open_nursery() as callers, trio.open_nursery() as operations:
                 async with trio.open_nursery() as acceptors:
-                    acceptors.start_soon(http.accept, listener, poller, clients)
+                    acceptors.start_soon(http.accept, bound, poller, clients)
                     if control is not None:
                         server = ControlServer(services, operations, self._log)
-                        acceptors.start_soon(self._accept_control, server, control, poller, callers)
+                        acceptors.start_soon(
+                            self._accept_some, server.handle, "Admin API", control, poller, callers
+                        )
+                    metrics = MetricsServer(self._metrics, self._log)
+                    for listener in scraped:
+                        acceptors.start_soon(
+                            self._accept_some, metrics.handle, "Metrics", listener, poller, callers
+                        )
                     self._log_started(http)
                     task_status.started(self)
                     await self._stop.wait()
                     acceptors.cancel_scope.cancel(reason="the proxy stops")
                 deadline = trio.current_time() + options.shutdown_timeout
-                listener.close()
-                services.stop()
+                for listener in bound:
+                    listener.close()
+                services.close()
                 operations.cancel_scope.cancel(reason="the proxy stops")
                 callers.cancel_scope.deadline = trio.current_time() + _ABORT_TIME
-                http.close_idle()
+                http.close_idle(deadline - _ABORT_TIME)
             with trio.move_on_at(deadline - _ABORT_TIME):
                 await http.wait_closed()
             http.abort()
@@ -165,21 +203,45 @@ class Proxy:
                 "HTTPS is not served yet by this version", https=self.options.https_port
             )
         self._log.info("Server started", http=http.port, https=0)
+        if self.options.metrics_port:
+            self._log.info("Metrics enabled", address=f":{self.options.metrics_port}")
 
-    async def _accept_control(
+    def _register_gauges(self, http: HttpServer, spill: Spill) -> None:
+        for name, text, read in (
+            (
+                "kamal_proxy_http_open_connections",
+                "Client connections that are open now.",
+                lambda: http.connections,
+            ),
+            (
+                "kamal_proxy_spill_bytes",
+                "Bytes of buffered bodies on disk now.",
+                lambda: spill.spilled,
+            ),
+            (
+                "kamal_proxy_buffer_memory_bytes",
+                "Bytes of buffered bodies in memory now.",
+                lambda: spill.memory,
+            ),
+        ):
+            self._metrics.gauge(name, text, read)
+
+    async def _accept_some(
         self,
-        server: ControlServer,
+        handle: Callable[[SocketStream, Address], Awaitable[None]],
+        name: str,
         listener: socket.socket,
         poller: Poller,
         connections: trio.Nursery,
     ) -> None:
+        """Accept connections that are none of clients, and so have a limit of their own."""
         await listeners.accept(
             listener,
             poller,
-            server.handle,
+            handle,
             nursery=connections,
-            limiter=trio.Semaphore(_MAX_CONTROL_CONNECTIONS),
-            on_error=lambda error: self._log.error("Admin API is paused", error=str(error)),
+            limiter=trio.Semaphore(_MAX_OTHER_CONNECTIONS),
+            on_error=lambda error: self._log.error(f"{name} is paused", error=str(error)),
         )
 
     # Services
@@ -194,6 +256,40 @@ class Proxy:
         """Remove a service; see :meth:`kamal_proxy.services.Services.remove`."""
         await self._running().remove(name)
 
+    async def pause(
+        self, name: str, options: PauseOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Pause a service; see :meth:`kamal_proxy.services.Services.pause`."""
+        return await self._running().pause(name, options, progress)
+
+    async def stop_service(
+        self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Stop a service; see :meth:`kamal_proxy.services.Services.stop_service`."""
+        return await self._running().stop_service(name, options, progress)
+
+    async def resume(self, name: str) -> None:
+        """Resume a service; see :meth:`kamal_proxy.services.Services.resume`."""
+        await self._running().resume(name)
+
+    async def deploy_rollout(
+        self, name: str, options: RolloutOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Deploy rollout targets; see :meth:`kamal_proxy.services.Services.deploy_rollout`."""
+        return await self._running().deploy_rollout(name, options, progress)
+
+    async def set_rollout(self, name: str, split: RolloutSplit) -> None:
+        """Choose whom they serve; see :meth:`kamal_proxy.services.Services.set_rollout`."""
+        await self._running().set_rollout(name, split)
+
+    async def stop_rollout(self, name: str) -> None:
+        """Let them serve nobody; see :meth:`kamal_proxy.services.Services.stop_rollout`."""
+        await self._running().stop_rollout(name)
+
+    def metrics(self, accept: str = "") -> tuple[bytes, bytes]:
+        """Return the metrics and their content type, as ``/metrics`` would for this Accept."""
+        return self._metrics.render(accept)
+
     def services(self) -> list[ServiceDescription]:
         """Describe all services, sorted by name."""
         return self._running().describe()
@@ -202,6 +298,18 @@ class Proxy:
         if self._services is None:
             raise ShuttingDownError("the proxy is not running")
         return self._services
+
+
+def _listen(
+    addresses: Sequence[str], port: int, stack: contextlib.ExitStack
+) -> list[socket.socket]:
+    """Bind one port on some addresses, or on all if there are none, until the stack is closed."""
+    bound: list[socket.socket] = []
+    for address in addresses or ("",):
+        # A port that the kernel chooses is chosen once.
+        sock = listeners.listen_tcp(address, port or (bound[0].getsockname()[1] if bound else 0))
+        bound.append(stack.enter_context(contextlib.closing(sock)))
+    return bound
 
 
 @asynccontextmanager

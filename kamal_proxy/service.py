@@ -5,14 +5,29 @@ A value: a change makes another one and a new routing table that holds it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote_to_bytes
 
 import attrs
+import trio
 
+from kamal_proxy.control.messages import ServiceDescription
 from kamal_proxy.deployment import Deployment
+from kamal_proxy.health import TargetState
 from kamal_proxy.options import ServiceOptions, TargetOptions
-from kamal_proxy.state import SavedPause, SavedRollout
+from kamal_proxy.state import SavedPause, SavedRollout, SavedService
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Pages(Protocol):
+    """A service's own error pages."""
+
+    def render(self, status: int, message: str = "") -> bytes | None:
+        """Return the page for a status, or None if there is none of its own."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -24,24 +39,115 @@ class Service:
         options: What it answers to.
         target_options: How requests travel to its targets.
         active: The deployment that serves it.
+        rollout: The deployment that serves those whom ``split`` chooses, if there is one.
+        split: Whom it serves; without one, nobody.
         pause: Whether it is running, paused or stopped.
-        rollout, rollout_targets, rollout_readers, active_readers, extra: What the saved state said
-            of features this version does not have, kept so that another version finds it again.
+        released: Set when ``pause`` was changed or the service removed: whoever waits should look
+            at the routing table again. It outlives a deploy.
+        pages: Its own error pages.
+        client_ip_header: Lower-case name of the header that holds the client's address, if any.
+        extra: What the saved state said that this version does not know, kept so that another
+            version finds it again.
     """
 
     name: str
     options: ServiceOptions
     target_options: TargetOptions
     active: Deployment
+    rollout: Deployment | None = None
+    split: SavedRollout | None = None
     pause: SavedPause = attrs.field(factory=SavedPause)
-    rollout: SavedRollout | None = None
-    rollout_targets: tuple[str, ...] = ()
-    rollout_readers: tuple[str, ...] = ()
-    active_readers: tuple[str, ...] = ()
+    released: trio.Event = attrs.field(factory=trio.Event)
+    pages: Pages | None = None
     extra: Mapping[str, Any] = attrs.field(factory=dict)
+    client_ip_header: bytes = attrs.field(init=False)
+    _timeouts: tuple[tuple[bytes, float], ...] = attrs.field(init=False)
+
+    @client_ip_header.default
+    def _lower_client_ip_header(self) -> bytes:
+        return self.options.client_ip_header.lower().encode()
+
+    @_timeouts.default
+    def _sorted_timeouts(self) -> tuple[tuple[bytes, float], ...]:
+        """Sort the limits of paths: the longest prefix wins."""
+        limits = (
+            (limit.path.encode(), limit.timeout) for limit in self.target_options.path_timeouts
+        )
+        return tuple(sorted(limits, key=lambda limit: -len(limit[0])))
+
+    @property
+    def deployments(self) -> Iterator[Deployment]:
+        """All deployments that serve it."""
+        yield self.active
+        if self.rollout is not None:
+            yield self.rollout
 
     @property
     def forwards_headers(self) -> bool:
         """Whether incoming X-Forwarded-* headers are believed."""
         forward = self.target_options.forward_headers
         return not self.options.tls_enabled if forward is None else forward
+
+    def response_timeout(self, path: bytes) -> float:
+        """Return the seconds that a target has for the head of its response.
+
+        Args:
+            path: Path as the target sees it, without query. It is compared decoded but for its
+                slashes, as paths are when they are routed.
+        """
+        seconds = self.target_options.response_timeout
+        if self._timeouts and b"%" in path:
+            path = unquote_to_bytes(path.replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
+        for prefix, timeout in self._timeouts:
+            if prefix == b"/" or path == prefix or path.startswith(prefix + b"/"):
+                seconds = timeout
+                break
+        return seconds or math.inf
+
+    def saved(self) -> SavedService:
+        """Return what is to be saved of it."""
+        return SavedService(
+            name=self.name,
+            service_options=self.options,
+            target_options=self.target_options,
+            active_targets=self.active.writer_names,
+            active_readers=self.active.reader_names,
+            rollout_targets=() if self.rollout is None else self.rollout.writer_names,
+            rollout_readers=() if self.rollout is None else self.rollout.reader_names,
+            pause=self.pause,
+            rollout=self.split,
+            extra=self.extra,
+        )
+
+    def describe(self, draining: int) -> ServiceDescription:
+        """Describe it.
+
+        Args:
+            draining: Requests still being served by targets that were replaced.
+        """
+        rollout, split = self.rollout, self.split
+        paused, stopped = self.pause.state == "paused", self.pause.state == "stopped"
+        return ServiceDescription(
+            name=self.name,
+            hosts=self.options.hosts,
+            path_prefixes=self.options.path_prefixes,
+            targets=self.active.writer_names,
+            read_targets=self.active.reader_names,
+            rollout_targets=() if rollout is None else rollout.writer_names,
+            rollout_read_targets=() if rollout is None else rollout.reader_names,
+            rollout_active=rollout is not None and split is not None,
+            rollout_percentage=0 if split is None else split.percentage,
+            rollout_allowlist=() if split is None else split.allowlist,
+            healthy=tuple(
+                target.name
+                for deployment in self.deployments
+                for target in deployment.targets
+                if target.health.state is TargetState.HEALTHY
+            ),
+            state=self.pause.state,
+            stop_message=self.pause.stop_message if stopped else "",
+            max_pause=self.pause.fail_after if paused else 0.0,
+            tls=self.options.tls_enabled,
+            in_flight=sum(deployment.in_flight for deployment in self.deployments),
+            draining=draining,
+        )

@@ -1,4 +1,4 @@
-"""The services of one proxy, and every change of them: deploy, remove, restore, describe.
+"""The services of one proxy, and every change of them: deploy, remove, pause, rollout, restore.
 
 Owns the routing table and the saved state. The table is replaced whole, in one assignment, under a
 lock that is held while the state is written and never while a drain is waited for. Deployments run
@@ -8,31 +8,42 @@ in the nursery that the proxy gives.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
-from kamal_proxy.control.messages import Event, ServiceDescription
-from kamal_proxy.deployment import Connections, Deployment, DrainResult, Probe, Target
-from kamal_proxy.durations import format_duration
+from kamal_proxy.balancer import split_point
+from kamal_proxy.deployment import Connections, Deployment, DrainResult, Target
 from kamal_proxy.errors import (
-    DeployFailedError,
+    ResumedError,
+    RolloutNotSetError,
     ServiceNotFoundError,
     ShuttingDownError,
 )
-from kamal_proxy.health import ProbeResult, TargetState
-from kamal_proxy.options import DeployOptions, unsupported_flags
+from kamal_proxy.reports import Report, not_healthy
+from kamal_proxy.restoring import restored
 from kamal_proxy.router import RoutingTable
-from kamal_proxy.service import Service
-from kamal_proxy.state import SavedService, StateFile
+from kamal_proxy.service import Pages, Service
+from kamal_proxy.state import SavedRollout, StateFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kamal_proxy.control.messages import Event, ServiceDescription
+    from kamal_proxy.deployment import Probe
+    from kamal_proxy.health import ProbeResult
     from kamal_proxy.logs import Log
-
-_DRAIN_REPORT_INTERVAL = 1.0  # seconds
+    from kamal_proxy.metrics import Metrics
+    from kamal_proxy.options import (
+        DeploymentOptions,
+        DeployOptions,
+        HealthCheckOptions,
+        PauseOptions,
+        RolloutOptions,
+        RolloutSplit,
+        StopOptions,
+    )
 
 
 class Services:
@@ -43,6 +54,8 @@ class Services:
         log: Where changes are logged.
         probe: Probes a target.
         connect: Makes the connections of a target from its host and port.
+        load_pages: Reads a service's own error pages from a directory, blocking.
+        metrics: Counts probes and deploys.
     """
 
     def __init__(
@@ -52,13 +65,18 @@ class Services:
         *,
         probe: Probe,
         connect: Callable[[str, int], Connections],
+        load_pages: Callable[[str], Pages],
+        metrics: Metrics,
     ) -> None:
         self._state = state
         self._log = log
         self._probe = probe
         self._connect = connect
+        self._load_pages = load_pages
+        self._metrics = metrics
         self._commit = trio.Lock()
-        self._saving = trio.CapacityLimiter(1)
+        # Threads of its own: no slow name service may hold these up.
+        self._files = trio.CapacityLimiter(1)
         self._draining: list[tuple[str, Deployment]] = []
         self._nursery: trio.Nursery | None = None
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
@@ -68,15 +86,18 @@ class Services:
     async def start(self, nursery: trio.Nursery, restored: list[Service]) -> None:
         """Start to take changes; deployments run in ``nursery``, restored ones first."""
         for service in restored:
-            await nursery.start(service.active.run)
+            for deployment in service.deployments:
+                await nursery.start(deployment.run)
         self.routes = RoutingTable({service.name: service for service in restored})
         self._nursery = nursery
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Take no further changes; deploys that have not switched yet fail."""
         self._nursery = None
         for pending in self._pending:
             pending.cancel(reason="the proxy stops")
+
+    # Deploying
 
     async def deploy(
         self, options: DeployOptions, progress: Callable[[Event], None] | None = None
@@ -97,13 +118,46 @@ class Services:
             DeployFailedError: the targets did not become healthy in time; nothing has changed.
             HostConflictError: another service has one of the hosts and prefixes.
             InvalidOptionsError: an option has a value that can't be used.
+            ErrorPagesError: the error pages can't be used.
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
         options.validate()
-        report = _Report(progress, self._log)
-        deployment = self._new_deployment(options)
-        self.routes.require_available(_service(options, deployment, None))
+        report = Report(progress, self._log)
+        self._running()
+        pages = None
+        if options.service_options.error_page_path:
+            pages = await trio.to_thread.run_sync(
+                self._load_pages, options.service_options.error_page_path, limiter=self._files
+            )
+        deployment = self._new_deployment(
+            options.service,
+            options.targets,
+            options.read_targets,
+            options.target_options.health_check,
+            forced=options.deployment_options.force,
+        )
+
+        def install(current: Service | None) -> Service:
+            """Make the deployed service; pause state and rollout outlive a deploy."""
+            if current is None:
+                return Service(
+                    name=options.service,
+                    options=options.service_options,
+                    target_options=options.target_options,
+                    active=deployment,
+                    pages=pages,
+                )
+            return attrs.evolve(
+                current,
+                options=options.service_options,
+                target_options=options.target_options,
+                active=deployment,
+                pages=pages,
+                extra={},
+            )
+
+        self.routes.require_available(install(None))
         fields = {
             "service": options.service,
             "targets": options.targets,
@@ -112,71 +166,85 @@ class Services:
             "tls": options.service_options.tls_enabled,
         }
         self._log.info("Deploying", **fields)
-        deployment.on_probe = report.probe
-        replaced = await self._switch(options, deployment, report)
-        report("switched")
-        result = DrainResult()
-        if replaced is not None:
-            self._retire(options.service, replaced, options.deployment_options.drain_timeout)
-            result = await self._wait_drained(replaced, report)
+        result = await self._replace(
+            options.service, deployment, options.deployment_options, install, report
+        )
         self._log.info("Deployed", **fields)
         report("done", completed=result.completed, cancelled=result.cancelled)
         return result
 
-    async def remove(self, name: str) -> None:
-        """Take a service out of routing at once; its requests in flight end by themselves.
+    async def deploy_rollout(
+        self,
+        name: str,
+        options: RolloutOptions,
+        progress: Callable[[Event], None] | None = None,
+    ) -> DrainResult:
+        """Deploy the rollout targets of a service, as :meth:`deploy` does its active ones.
+
+        They get requests only while a split is set, see :meth:`set_rollout`.
 
         Raises:
-            ServiceNotFoundError: there is no such service.
+            ServiceNotFoundError: there is no such service, or no longer.
+            DeployFailedError: the targets did not become healthy in time; nothing has changed.
+            InvalidOptionsError: an option has a value that can't be used.
             StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
         """
+        options.validate()
+        report = Report(progress, self._log)
         self._running()
-        async with self._commit:
-            service = self.routes.get(name)
-            if service is None:
-                raise ServiceNotFoundError("service not found")
-            await self._replace_routes(self.routes.without_service(name))
-        self._retire(name, service.active, math.inf)
-
-    def describe(self) -> list[ServiceDescription]:
-        """Describe all services, sorted by name."""
-        return [
-            ServiceDescription(
-                name=service.name,
-                hosts=service.options.hosts,
-                path_prefixes=service.options.path_prefixes,
-                targets=tuple(target.name for target in service.active.targets),
-                healthy=tuple(
-                    target.name
-                    for target in service.active.targets
-                    if target.health.state is TargetState.HEALTHY
-                ),
-                state=service.pause.state,
-                tls=service.options.tls_enabled,
-                in_flight=service.active.in_flight,
-                draining=sum(d.in_flight for name, d in self._draining if name == service.name),
-            )
-            for service in sorted(self.routes, key=lambda service: service.name)
-        ]
-
-    def _running(self) -> trio.Nursery:
-        if self._nursery is None:
-            raise ShuttingDownError("the proxy is not running")
-        return self._nursery
-
-    def _new_deployment(self, options: DeployOptions, *, trusted: bool = False) -> Deployment:
-        return Deployment(
+        deployment = self._new_deployment(
+            name,
             options.targets,
-            health_check=options.target_options.health_check,
-            probe=self._probe,
-            connect=self._connect,
-            log=self._log,
-            trusted=trusted,
+            options.read_targets,
+            self._service(name).target_options.health_check,
             forced=options.deployment_options.force,
         )
 
+        def install(current: Service | None) -> Service:
+            if current is None:
+                raise ServiceNotFoundError("service not found")
+            return attrs.evolve(current, rollout=deployment)
+
+        self._log.info("Deploying for rollout", service=name, targets=options.targets)
+        result = await self._replace(name, deployment, options.deployment_options, install, report)
+        self._log.info("Deployed for rollout", service=name, targets=options.targets)
+        report("done", completed=result.completed, cancelled=result.cancelled)
+        return result
+
+    async def _replace(
+        self,
+        name: str,
+        deployment: Deployment,
+        options: DeploymentOptions,
+        install: Callable[[Service | None], Service],
+        report: Report,
+    ) -> DrainResult:
+        """Bring a deployment into service and drain the one that it replaces."""
+        deployment.on_probe = report.probe
+        switched = False
+        try:
+            replaced = await self._switch(name, deployment, options, install, report)
+            switched = True
+        finally:
+            self._metrics.deploy(name, "ok" if switched else "failed", report.elapsed)
+        report("switched")
+        if replaced is None:
+            return DrainResult()
+        self._retire(name, replaced, options.drain_timeout)
+        async with trio.open_nursery() as watchers:
+            watchers.start_soon(report.tell_draining, (replaced,))
+            result = await replaced.wait_drained()
+            watchers.cancel_scope.cancel(reason="drained")
+        return result
+
     async def _switch(
-        self, options: DeployOptions, deployment: Deployment, report: _Report
+        self,
+        name: str,
+        deployment: Deployment,
+        options: DeploymentOptions,
+        install: Callable[[Service | None], Service],
+        report: Report,
     ) -> Deployment | None:
         """Start a deployment, wait for its health and install it; return the one it replaces.
 
@@ -187,10 +255,16 @@ class Services:
         try:
             with trio.CancelScope() as pending:
                 self._pending.add(pending)
-                if not options.deployment_options.force:
-                    await _wait_until_healthy(deployment, options.deployment_options.deploy_timeout)
+                if not options.force:
+                    with trio.move_on_after(options.deploy_timeout) as waiting:
+                        await deployment.wait_until_healthy()
+                    if waiting.cancelled_caught:
+                        raise not_healthy(deployment, options.deploy_timeout)
                     report("healthy")
-                replaced = await self._install(options, deployment)
+                async with self._commit:
+                    current = self.routes.get(name)
+                    service = install(current)
+                    await self._replace_routes(self.routes.with_service(service))
                 installed = True
         finally:
             self._pending.discard(pending)
@@ -199,7 +273,213 @@ class Services:
                 deployment.retire(0)
         if not installed:
             raise ShuttingDownError("the proxy is shutting down")
-        return replaced
+        if current is None:
+            return None
+        return current.active if current.active is not service.active else current.rollout
+
+    # Other changes
+
+    async def remove(self, name: str) -> None:
+        """Take a service out of routing at once; its requests in flight end by themselves.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        self._running()
+        async with self._commit:
+            service = self._service(name)
+            await self._replace_routes(self.routes.without_service(name))
+        service.released.set()
+        for deployment in service.deployments:
+            self._retire(name, deployment, math.inf)
+
+    async def pause(
+        self, name: str, options: PauseOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Let new requests of a service wait, and those in flight end.
+
+        Cancelled during the drain, the service stays paused and no request is cut.
+
+        Args:
+            name: The service.
+            options: For how long.
+            progress: Told each step; see :meth:`deploy`.
+
+        Returns:
+            How the drain ended.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            InvalidOptionsError: an option has a value that can't be used.
+            ResumedError: the service was resumed before the drain was over; nothing was cut.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        options.validate()
+        return await self._hold(
+            name, options.drain_timeout, progress, state="paused", fail_after=options.max_pause
+        )
+
+    async def stop_service(
+        self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Answer new requests of a service with a message, and let those in flight end.
+
+        Arguments, result and errors are those of :meth:`pause`.
+        """
+        options.validate()
+        return await self._hold(
+            name, options.drain_timeout, progress, state="stopped", stop_message=options.message
+        )
+
+    async def resume(self, name: str) -> None:
+        """Serve a paused or stopped service again; requests that wait go on.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        await self._change_pause(name, state="running")
+        self._log.info("Service resumed", service=name)
+
+    async def set_rollout(self, name: str, split: RolloutSplit) -> None:
+        """Choose whose requests go to the rollout targets of a service.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            RolloutNotSetError: it has no rollout targets.
+            InvalidOptionsError: the percentage is none.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        split.validate()
+        self._running()
+        saved = SavedRollout(
+            percentage=split.percentage,
+            percentage_split_point=split_point(split.percentage),
+            allowlist=split.allowlist,
+        )
+        async with self._commit:
+            service = self._service(name)
+            if service.rollout is None:
+                raise RolloutNotSetError("rollout target not set")
+            await self._replace_routes(self.routes.with_service(attrs.evolve(service, split=saved)))
+        self._log.info(
+            "Set rollout split",
+            service=name,
+            percentage=split.percentage,
+            allowlist=split.allowlist,
+        )
+
+    async def stop_rollout(self, name: str) -> None:
+        """Send all requests of a service to its active targets; the rollout targets stay deployed.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        self._running()
+        async with self._commit:
+            service = attrs.evolve(self._service(name), split=None)
+            await self._replace_routes(self.routes.with_service(service))
+        self._log.info("Stopped rollout", service=name)
+
+    async def _hold(
+        self,
+        name: str,
+        drain_timeout: float,
+        progress: Callable[[Event], None] | None,
+        **pause: Any,
+    ) -> DrainResult:
+        """Pause or stop a service, and drain what it is serving."""
+        report = Report(progress, self._log)
+        service = await self._change_pause(name, **pause)
+        self._log.info(f"Service {service.pause.state}", service=name)
+        results: list[DrainResult] = []
+        drained = False
+
+        async def drain(deployment: Deployment) -> None:
+            results.append(await deployment.drain(drain_timeout))
+
+        async with trio.open_nursery() as watchers:
+            watchers.start_soon(report.tell_draining, tuple(service.deployments))
+            watchers.start_soon(self._watch_resumed, service, watchers.cancel_scope)
+            async with trio.open_nursery() as drains:
+                for deployment in service.deployments:
+                    drains.start_soon(drain, deployment)
+            drained = True
+            watchers.cancel_scope.cancel(reason="drained")
+        if not drained:
+            raise ResumedError(f"service {name} was resumed while it drained")
+        self._log.info("Service drained", service=name)
+        result = DrainResult(
+            sum(part.completed for part in results), sum(part.cancelled for part in results)
+        )
+        report("done", completed=result.completed, cancelled=result.cancelled)
+        return result
+
+    async def _watch_resumed(self, service: Service, scope: trio.CancelScope) -> None:
+        """Call a drain off once the service runs again: then nothing has to end any more."""
+        current: Service | None = service
+        while current is not None and current.pause.state != "running":
+            await current.released.wait()
+            current = self.routes.get(service.name)
+        if current is not None:
+            scope.cancel(reason="resumed")
+
+    async def _change_pause(self, name: str, **changes: Any) -> Service:
+        self._running()
+        async with self._commit:
+            before = self._service(name)
+            # The Go proxy goes on saving how long the last pause was.
+            pause = attrs.evolve(before.pause, **({"stop_message": ""} | changes))
+            service = attrs.evolve(before, pause=pause, released=trio.Event())
+            await self._replace_routes(self.routes.with_service(service))
+        before.released.set()
+        return service
+
+    # What they have in common
+
+    def _running(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise ShuttingDownError("the proxy is not running")
+        return self._nursery
+
+    def _service(self, name: str) -> Service:
+        service = self.routes.get(name)
+        if service is None:
+            raise ServiceNotFoundError("service not found")
+        return service
+
+    def _new_deployment(
+        self,
+        name: str,
+        targets: tuple[str, ...],
+        readers: tuple[str, ...],
+        health_check: HealthCheckOptions,
+        *,
+        trusted: bool = False,
+        forced: bool = False,
+    ) -> Deployment:
+        async def probe(target: Target, options: HealthCheckOptions) -> ProbeResult:
+            result = await self._probe(target, options)
+            self._metrics.probe(name, result.ok)
+            return result
+
+        return Deployment(
+            targets,
+            readers=readers,
+            health_check=health_check,
+            probe=probe,
+            connect=self._connect,
+            log=self._log,
+            trusted=trusted,
+            forced=forced,
+        )
 
     def _retire(self, name: str, deployment: Deployment, drain_timeout: float) -> None:
         """Begin to drain what was taken out of routing, and remember it for :meth:`describe`."""
@@ -207,32 +487,26 @@ class Services:
         self._draining.append((name, deployment))
         deployment.retire(drain_timeout)
 
-    async def _install(self, options: DeployOptions, deployment: Deployment) -> Deployment | None:
-        """Give a service its new deployment; return the one it replaces."""
-        async with self._commit:
-            current = self.routes.get(options.service)
-            service = _service(options, deployment, current)
-            await self._replace_routes(self.routes.with_service(service))
-        return None if current is None else current.active
-
     async def _replace_routes(self, routes: RoutingTable) -> None:
         """Save the state, then switch to the new table; if it can't be saved, nothing changes.
 
         The write is not abandoned when cancelled, so that file and table never disagree.
         """
         if self._state is not None:
-            saved = [_saved(service) for service in routes]
-            # A limiter of its own: no slow name service may hold this up.
-            await trio.to_thread.run_sync(self._state.save, saved, limiter=self._saving)
+            saved = [service.saved() for service in routes]
+            await trio.to_thread.run_sync(self._state.save, saved, limiter=self._files)
         self.routes = routes
 
-    async def _wait_drained(self, deployment: Deployment, report: _Report) -> DrainResult:
-        while True:
-            report("draining", in_flight=deployment.in_flight)
-            with trio.move_on_after(_DRAIN_REPORT_INTERVAL):
-                return await deployment.wait_drained()
+    # Describing and restoring
 
-    # Restoring services
+    def describe(self) -> list[ServiceDescription]:
+        """Describe all services, sorted by name."""
+        return [
+            service.describe(
+                sum(old.in_flight for name, old in self._draining if name == service.name)
+            )
+            for service in sorted(self.routes, key=lambda service: service.name)
+        ]
 
     def restore(self) -> list[Service]:
         """Read the saved state; the services serve once :meth:`start` was called with them.
@@ -246,155 +520,8 @@ class Services:
         if saved is None:
             self._log.info("No previous state to restore", path=self._state.path)
             return []
-        services = [self._restored(entry) for entry in saved]
+        services = [
+            restored(entry, self._new_deployment, self._load_pages, self._log) for entry in saved
+        ]
         self._log.info("Restored saved state", path=self._state.path)
         return services
-
-    def _restored(self, entry: SavedService) -> Service:
-        options = DeployOptions(
-            service=entry.name,
-            targets=entry.active_targets,
-            service_options=entry.service_options,
-            target_options=entry.target_options,
-        )
-        for flag in unsupported_flags(
-            entry.service_options, entry.target_options, entry.active_readers
-        ):
-            self._log.warning(
-                f"Service is served without --{flag}: not supported yet by this version",
-                service=entry.name,
-            )
-        if entry.rollout_targets:
-            self._log.warning(
-                "Service is served without its rollout: not supported yet by this version",
-                service=entry.name,
-            )
-        return Service(
-            name=entry.name,
-            options=entry.service_options,
-            target_options=entry.target_options,
-            active=self._new_deployment(options, trusted=True),
-            active_readers=entry.active_readers,
-            rollout=entry.rollout,
-            rollout_targets=entry.rollout_targets,
-            rollout_readers=entry.rollout_readers,
-            pause=entry.pause,
-            extra=entry.extra,
-        )
-
-
-class _Report:
-    """Tells whoever deploys what happens, with the time since the deploy began."""
-
-    def __init__(self, progress: Callable[[Event], None] | None, log: Log) -> None:
-        self._progress = progress
-        self._log = log
-        self._started = trio.current_time()
-
-    def __call__(
-        self, event: str, *, in_flight: int = 0, completed: int = 0, cancelled: int = 0
-    ) -> None:
-        self._tell(
-            Event(
-                event=event,
-                elapsed=self._elapsed(),
-                in_flight=in_flight,
-                completed=completed,
-                cancelled=cancelled,
-            )
-        )
-
-    def probe(self, target: Target, result: ProbeResult) -> None:
-        self._tell(
-            Event(
-                event="probe",
-                elapsed=self._elapsed(),
-                target=target.name,
-                ok=result.ok,
-                result=result.reason,
-            )
-        )
-
-    def _elapsed(self) -> float:
-        return round(trio.current_time() - self._started, 6)
-
-    def _tell(self, event: Event) -> None:
-        if self._progress is None:
-            return
-        try:
-            self._progress(event)
-        except Exception as error:  # a report must not harm what it reports on
-            self._progress = None
-            self._log.error("Progress callback failed", error=repr(error))
-
-
-async def _wait_until_healthy(deployment: Deployment, deploy_timeout: float) -> None:
-    with trio.move_on_after(deploy_timeout):
-        await deployment.wait_until_healthy()
-        return
-    raise DeployFailedError(
-        "target failed to become healthy within configured timeout "
-        f"({format_duration(deploy_timeout)})",
-        [
-            f"target {target.name}: {_last_probe(target)} (after {format_duration(deploy_timeout)})"
-            for target in deployment.targets
-            if target.health.state is not TargetState.HEALTHY
-        ],
-    )
-
-
-def _last_probe(target: Target) -> str:
-    result = target.health.last
-    if result is None:
-        return "no probe finished; is --deploy-timeout long enough?"
-    return f"{result.reason} at {result.url}{_hint(result.reason)}"
-
-
-def _hint(reason: str) -> str:
-    """Say what commonly causes a failing probe."""
-    for sign, hint in (
-        ("refused", "is the app running, and listening on this port on all interfaces?"),
-        ("can't resolve", "is the container running, in the network of the proxy?"),
-        ("status 404", "does the app answer at this path? see --health-check-path"),
-        ("status 400", "does the app accept this Host? see --health-check-host"),
-        ("status 403", "does the app accept this Host? see --health-check-host"),
-        ("status 401", "does the app exempt this path from authentication?"),
-        ("no answer", "is the app still starting? see --health-check-timeout"),
-    ):
-        if sign in reason:
-            return f"; {hint}"
-    return ""
-
-
-def _service(options: DeployOptions, deployment: Deployment, current: Service | None) -> Service:
-    """Build the service that a deploy makes; pause state and rollout outlive a deploy."""
-    if current is None:
-        return Service(
-            name=options.service,
-            options=options.service_options,
-            target_options=options.target_options,
-            active=deployment,
-        )
-    return attrs.evolve(
-        current,
-        options=options.service_options,
-        target_options=options.target_options,
-        active=deployment,
-        active_readers=(),
-        extra={},
-    )
-
-
-def _saved(service: Service) -> SavedService:
-    return SavedService(
-        name=service.name,
-        service_options=service.options,
-        target_options=service.target_options,
-        active_targets=tuple(target.name for target in service.active.targets),
-        active_readers=service.active_readers,
-        rollout_targets=service.rollout_targets,
-        rollout_readers=service.rollout_readers,
-        pause=service.pause,
-        rollout=service.rollout,
-        extra=service.extra,
-    )

@@ -35,6 +35,9 @@ _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READABLE = select.EPOLLIN | _HUNG_UP
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 
+_KEEPALIVE_IDLE = 60  # seconds until the first question
+_KEEPALIVE_INTERVAL = 15  # seconds between questions
+_KEEPALIVE_COUNT = 4  # unanswered ones that break the connection
 _MAX_LOOKUPS = 20
 _DROP_TIMEOUT = 2.0  # seconds
 _DROP_BYTES = 4 * 1024 * 1024
@@ -217,6 +220,20 @@ class SocketStream:
         An ordinary half-close looks like this too.
         """
         return self._hung_up and self.at_eof_nowait()
+
+    async def wait_hung_up(self) -> None:
+        """Wait until the peer has closed its side and nothing it sent is left to read."""
+        while not self.hung_up:
+            await self.wait_readable()
+
+    def keep_alive(self) -> None:
+        """Let the kernel find out when a silent peer has vanished, and break the connection."""
+        sock = self._socket()
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_COUNT)
 
     def at_eof_nowait(self) -> bool:
         """Return whether the next read would find the end of the stream, or an error, at once."""

@@ -16,7 +16,13 @@ import attrs
 
 from kamal_proxy.durations import from_nanoseconds, to_nanoseconds
 from kamal_proxy.errors import InvalidOptionsError
-from kamal_proxy.options import HealthCheckOptions, ServiceOptions, TargetOptions, split_target
+from kamal_proxy.options import (
+    HealthCheckOptions,
+    PathTimeout,
+    ServiceOptions,
+    TargetOptions,
+    split_target,
+)
 
 MAX_SIZE = 64 * 1024 * 1024
 
@@ -212,6 +218,19 @@ def _decode_limit(value: object, where: str) -> float | None:
     return duration if duration >= 0 else None
 
 
+def _decode_path_timeouts(value: object, where: str) -> tuple[PathTimeout, ...]:
+    if not isinstance(value, dict):
+        raise StateFormatError(f"{where} must be an object")
+    return tuple(
+        PathTimeout(path=path, timeout=_decode_duration(item, f"{where}.{path}"))
+        for path, item in value.items()
+    )
+
+
+def _encode_path_timeouts(limits: Sequence[PathTimeout]) -> dict[str, int]:
+    return {limit.path: to_nanoseconds(limit.timeout) for limit in limits}
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -234,6 +253,7 @@ _NUMBER = _Kind(_decode_number, _encode_number)
 _DURATION = _Kind(_decode_duration, to_nanoseconds)
 _POSITIVE = _Kind(_decode_positive_duration, to_nanoseconds)
 _LIMIT = _Kind(_decode_limit, to_nanoseconds)
+_PATH_TIMEOUTS = _Kind(_decode_path_timeouts, _encode_path_timeouts)
 
 # The keys in Go's order; each is also the name of the attribute.
 _SERVICE_OPTIONS = {
@@ -273,6 +293,8 @@ _TARGET_OPTIONS = {
     "forward_headers": _FLAG,
     "scope_cookie_paths": _FLAG,
 }
+# The Go proxy has none of these and drops them when it writes; at their default they are left out.
+_OWN_TARGET_OPTIONS = {"path_timeouts": _PATH_TIMEOUTS, "websocket_idle_timeout": _LIMIT}
 _PAUSE = {"state": _WHOLE, "stop_message": _TEXT, "fail_after": _DURATION}
 _ROLLOUT = {"percentage": _WHOLE, "percentage_split_point": _NUMBER, "allowlist": _TEXTS}
 
@@ -330,7 +352,11 @@ def _decode_service(data: object, number: int) -> SavedService:
             health_check=HealthCheckOptions(
                 **(health_check.take_all(_HEALTH_CHECK) if health_check else {})
             ),
-            **(target_options.take_all(_TARGET_OPTIONS) if target_options else {}),
+            **(
+                target_options.take_all(_TARGET_OPTIONS | _OWN_TARGET_OPTIONS)
+                if target_options
+                else {}
+            ),
         ),
         **pools,
         pause=_decode_pause(section.child("pause_controller")),
@@ -402,6 +428,11 @@ def _encode_service(service: SavedService) -> dict[str, Any]:
         "target_options": {
             "health_check_config": _encode_all(target_options.health_check, _HEALTH_CHECK),
             **_encode_all(target_options, _TARGET_OPTIONS),
+            **{
+                key: value
+                for key, value in _encode_all(target_options, _OWN_TARGET_OPTIONS).items()
+                if value
+            },
         },
         "active_targets": list(service.active_targets),
         "active_readers": list(service.active_readers),

@@ -1,22 +1,38 @@
-"""Scripted targets for tests of deployments and services: no network, no HTTP."""
+"""Scripted targets for tests of deployments and services: no network, no HTTP.
+
+A room is services with all that surrounds them; its state file is a real one.
+"""
 
 from __future__ import annotations
 
 import json
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
-from kamal_proxy.deployment import Deployment
+from kamal_proxy.control.messages import Event
+from kamal_proxy.deployment import Deployment, Drain
+from kamal_proxy.errors import StateError
 from kamal_proxy.health import ProbeResult
+from kamal_proxy.http.error_pages import load_error_pages
 from kamal_proxy.logs import Log
+from kamal_proxy.metrics import Metrics
+from kamal_proxy.options import DeploymentOptions, DeployOptions, RolloutOptions, ServiceOptions
+from kamal_proxy.services import Services
+from kamal_proxy.state import StateFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
+    from pathlib import Path
 
-    from kamal_proxy.deployment import Target
+    import pytest
+
+    from kamal_proxy.deployment import DrainResult, Target
     from kamal_proxy.options import HealthCheckOptions
+    from kamal_proxy.service import Service
+    from kamal_proxy.state import SavedService
 
 HANG = "hang"
 
@@ -61,9 +77,13 @@ class Request:
     deployment: Deployment
     obedient: bool = True
     aborted: bool = False
+    drains: list[Drain] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.deployment.begin(self)
+
+    def begin_drain(self, drain: Drain) -> None:
+        self.drains.append(drain)
 
     def abort_drained(self) -> None:
         self.aborted = True
@@ -95,6 +115,140 @@ class Lines:
     @property
     def messages(self) -> list[str]:
         return [json.loads(text)["msg"] for text in self.texts]
+
+
+def save_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let threads run in this one: a clock that jumps would not wait for another.
+
+    Like a real one, it notices a cancellation before the call and never after it.
+    """
+
+    async def run_sync(
+        call: Callable[..., object], *arguments: object, limiter: trio.CapacityLimiter
+    ) -> object:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        result = call(*arguments)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return result
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+
+
+class BrokenState(StateFile):
+    """A state file that can be read, but not written once ``broken`` is set."""
+
+    broken = False
+
+    def save(self, services: Iterable[SavedService]) -> None:
+        if self.broken:
+            raise StateError("no space left")
+        super().save(services)
+
+
+def request(
+    name: str,
+    *targets: str,
+    readers: tuple[str, ...] = (),
+    hosts: tuple[str, ...] = (),
+    timeout: float = 5,
+    drain: float = 10,
+    force: bool = False,
+) -> DeployOptions:
+    """Build the options of a deploy; a service answers to its own name."""
+    return DeployOptions(
+        service=name,
+        targets=targets or ("v1",),
+        read_targets=readers,
+        service_options=ServiceOptions(hosts=hosts or (name,)),
+        deployment_options=DeploymentOptions(
+            deploy_timeout=timeout, drain_timeout=drain, force=force
+        ),
+    )
+
+
+@attrs.define(eq=False)
+class Room:
+    """Services with all that surrounds them.
+
+    Attributes:
+        events: What was told about the changes that were made through it.
+    """
+
+    services: Services
+    probes: Probes
+    lines: Lines
+    state: BrokenState
+    nursery: trio.Nursery
+    events: list[Event] = attrs.field(factory=list)
+
+    async def deploy(self, name: str, *targets: str, **options: Any) -> DrainResult:
+        return await self.services.deploy(request(name, *targets, **options), self.events.append)
+
+    async def deploy_rollout(
+        self, name: str, *targets: str, readers: tuple[str, ...] = (), **options: Any
+    ) -> DrainResult:
+        deployment = request(name, *targets, **options).deployment_options
+        rollout = RolloutOptions(
+            targets=targets, read_targets=readers, deployment_options=deployment
+        )
+        return await self.services.deploy_rollout(name, rollout, self.events.append)
+
+    @property
+    def serving(self) -> dict[str, list[str]]:
+        """Active targets in the routing table, by service."""
+        return {s.name: [t.name for t in s.active.targets] for s in self.services.routes}
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """First active target on disk, by service."""
+        if not self.state.path.exists():
+            return {}
+        return {
+            entry["name"]: entry["active_targets"][0]
+            for entry in json.loads(self.state.path.read_bytes())
+        }
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the file says what the routing table does."""
+        before = self.state.path.read_bytes()
+        self.state.save([service.saved() for service in self.services.routes])
+        return self.state.path.read_bytes() == before
+
+    def service(self, name: str) -> Service:
+        """Return a service of the routing table."""
+        service = self.services.routes.get(name)
+        assert service is not None
+        return service
+
+    def active(self, name: str) -> Deployment:
+        """Return the active deployment of a service."""
+        return self.service(name).active
+
+    def rollout(self, name: str) -> Deployment:
+        """Return the rollout deployment of a service."""
+        deployment = self.service(name).rollout
+        assert deployment is not None
+        return deployment
+
+
+@asynccontextmanager
+async def open_room(path: Path, **script: list[bool | str]) -> AsyncIterator[Room]:
+    """Run services whose state is in a directory, and whose targets do what ``script`` says."""
+    probes, lines = Probes(dict(script)), Lines()
+    with BrokenState(path / "kamal-proxy.state") as state:
+        services = Services(
+            state,
+            lines.log(),
+            probe=probes,
+            connect=Connections,
+            load_pages=load_error_pages,
+            metrics=Metrics(),
+        )
+        async with trio.open_nursery() as nursery:
+            await services.start(nursery, services.restore())
+            yield Room(services, probes, lines, state, nursery)
+            nursery.cancel_scope.cancel()
 
 
 def run_with_every_cancellation(attempt: Callable[[int], bool], *, limit: int = 2000) -> int:

@@ -275,6 +275,7 @@ async def open_command(
     directory: Path,
     *arguments: str,
     wrapper: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
     read_output: bool = True,
     stop: bool = True,
 ) -> AsyncIterator[Command]:
@@ -284,13 +285,14 @@ async def open_command(
         directory: Its HOME and XDG_RUNTIME_DIR.
         arguments: Further arguments of ``run``; ``--http-port 0`` is there already.
         wrapper: A command that the proxy is started through.
+        variables: Further variables of its environment.
         read_output: Whether to go on reading its log once it has started.
         stop: Whether to send SIGTERM at the end and require exit code 0; a test that ends the
             process itself says no.
     """
     process = await trio.lowlevel.open_process(
         [*wrapper, *command_line("run", "--http-port", "0", *arguments)],
-        env=environment(directory),
+        env=environment(directory, variables),
         stdout=PIPE,
         stderr=PIPE,
     )

@@ -426,10 +426,12 @@ def deploy_options(
     force: bool = False,
     forward_headers: bool | None = None,
     interval: float = 60.0,
+    **target_options: Any,
 ) -> DeployOptions:
     """Build deploy options whose probes go to the health port of the first upstream.
 
     Healthy targets are hardly ever probed again, so that probes are not among the open streams.
+    What is not named here is a field of ``TargetOptions``.
     """
     upstreams = list(upstreams)
     return DeployOptions(
@@ -442,6 +444,7 @@ def deploy_options(
             health_check=HealthCheckOptions(port=upstreams[0].health_port, interval=interval),
             response_timeout=response_timeout,
             forward_headers=forward_headers,
+            **target_options,
         ),
         deployment_options=DeploymentOptions(
             deploy_timeout=deploy_timeout, drain_timeout=drain_timeout, force=force
@@ -505,18 +508,24 @@ class Client(Wire):
 
 
 @asynccontextmanager
-async def open_client(port: int, *, receive_buffer: int = 0) -> AsyncIterator[Client]:
-    """Connect to a port on 127.0.0.1 for the length of a block.
+async def open_client(
+    port: int, *, host: str = LOCALHOST, source: str = "", receive_buffer: int = 0
+) -> AsyncIterator[Client]:
+    """Connect to a port for the length of a block.
 
     Args:
         port: Where the proxy listens.
+        host: The address that it listens on.
+        source: The address to connect from; by default the kernel chooses.
         receive_buffer: Size of the socket's receive buffer in bytes, for a client that reads
             slowly; 0 leaves it to the kernel.
     """
-    sock = trio.socket.socket()
+    sock = trio.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with sock:
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        await sock.connect((LOCALHOST, port))
+        if source:
+            await sock.bind((source, 0))
+        await sock.connect((host, port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield Client(sock)

@@ -17,16 +17,17 @@ ROOT = Path(kamal_proxy.__file__).parent
 # ``control.messages`` and ``logs`` are far down because they are plain data and a plain sink.
 LAYERS = [
     {"errors", "_fastpath"},
-    {"durations", "logs"},
+    {"durations", "logs", "metrics", "networks", "proxy_protocol"},
     {"options"},
     {"balancer", "health", "control.messages", "state_format"},
     {"state", "sockets", "control.client"},
     {"deployment", "listeners"},
     {"service"},
     {"router"},
-    {"services", "http"},
-    # The admin API is served by the project's own HTTP codec.
-    {"control.api"},
+    {"reports", "restoring", "http"},
+    {"services"},
+    # The admin API and the metrics are served by the project's own HTTP codec.
+    {"control.api", "metrics_server"},
     {"proxy"},
     {"process"},
 ]
@@ -38,9 +39,16 @@ PURE = {
     "errors",
     "health",
     "http.codec",
+    "http.cookies",
+    "http.forwarded",
     "http.headers",
+    "http.markup",
     "http.pages",
+    "http.templates",
+    "http.websocket",
+    "networks",
     "options",
+    "proxy_protocol",
     "router",
     "state_format",
 }

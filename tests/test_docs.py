@@ -17,6 +17,7 @@ import trio
 from kamal_proxy.cli.arguments import scan
 from kamal_proxy.cli.commands import find_command
 from kamal_proxy.errors import NotSupportedYetError
+from kamal_proxy.http.reasons import Reason
 from tests.running import ROOT, Command, Embedded, open_instance
 
 if TYPE_CHECKING:
@@ -146,14 +147,14 @@ def command_lines(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_lines_follow_the_grammar(page: Path) -> None:
     for line in command_lines(page):
-        word, *arguments = shlex.split(line, comments=True)
+        arguments = shlex.split(line, comments=True)
         if arguments and arguments[-1] in ("...", "…"):
             arguments.pop()
         try:
-            found = find_command(word)
+            found, rest = find_command(arguments)
         except NotSupportedYetError:
             continue  # a page may tell of what is to come
-        scan(found.grammar, arguments)  # raises for an unknown flag and for a malformed value
+        scan(found.grammar, rest)  # raises for an unknown flag and for a malformed value
 
 
 def test_command_lines_are_found() -> None:
@@ -167,15 +168,19 @@ async def test_the_fields_of_a_request_are_those_of_the_page(
     proxy: Embedded, client: Client
 ) -> None:
     page = (ROOT / "docs" / "http.md").read_text()
-    table = page.partition("## What is logged")[2]
+    table, _, reasons = page.partition("## What is logged")[2].partition("The `reason` is one of")
     rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     listed = [name for row in rows for name in re.findall(r"`([\w<>]+)`", row)]
-    assert listed[-2:] == ["req_<name>", "resp_<name>"]
+    assert listed[-3:] == ["req_<name>", "resp_<name>", "reason"]
 
-    await client.get("/x?y")
+    await client.get("/x?y")  # which no service answers
     (line,) = await proxy.lines.wait_requests(1)
 
-    assert list(line) == listed[:-2]
+    assert list(line) == [*listed[:-3], "reason"]
+    words = re.findall(
+        r"`([a-z_]+)`[,|\s]", "\n".join(re.findall(r"^\| `.*?\|", reasons, re.MULTILINE))
+    )
+    assert sorted(words) == sorted(set(Reason) - {Reason.IDLE})
 
 
 # --- the rooms -----------------------------------------------------------------------------------

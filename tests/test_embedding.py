@@ -216,10 +216,11 @@ async def test_other_errors_of_the_start(directory: Path) -> None:
     (directory / "file").touch()
     for options, error in (
         (RunOptions(http_port=70_000), InvalidOptionsError),
-        (RunOptions(metrics_port=9090), NotSupportedYetError),
+        (RunOptions(http3=True), NotSupportedYetError),
         (attrs.evolve(RUN, data_directory=directory), StateError),
         (attrs.evolve(RUN, socket_path=directory / "file"), ControlSocketError),
-        (attrs.evolve(RUN, bind="no such host"), ListenError),
+        (attrs.evolve(RUN, bind="no such host"), InvalidOptionsError),
+        (attrs.evolve(RUN, bind="192.0.2.1"), ListenError),
     ):
         async with trio.open_nursery() as nursery:
             with pytest.raises(error) as caught:

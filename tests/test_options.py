@@ -235,25 +235,10 @@ def test_no_contradictions(fields: dict[str, Any]) -> None:
 
 
 UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
-    ("read-target", {"read_targets": ("web",)}),
     ("tls", {"service_options": ServiceOptions(tls_enabled=True, hosts=("a",))}),
     ("tls-certificate-path", {"service_options": ServiceOptions(tls_certificate_path="c")}),
     ("tls-private-key-path", {"service_options": ServiceOptions(tls_private_key_path="k")}),
     ("tls-staging", {"service_options": ServiceOptions(acme_directory="https://x")}),
-    ("tls-redirect", {"service_options": ServiceOptions(tls_redirect=False)}),
-    ("canonical-host", {"service_options": ServiceOptions(canonical_host="a")}),
-    ("error-pages", {"service_options": ServiceOptions(error_page_path="/p")}),
-    ("writer-affinity-timeout", {"service_options": ServiceOptions(writer_affinity_timeout=2.0)}),
-    ("read-target-websockets",
-     {"service_options": ServiceOptions(read_targets_accept_websockets=True)}),
-    ("exclude-metrics-path", {"service_options": ServiceOptions(exclude_metrics_paths=("/a",))}),
-    ("client-ip-header", {"service_options": ServiceOptions(client_ip_header="A")}),
-    ("buffer-requests", {"target_options": TargetOptions(buffer_requests=True)}),
-    ("buffer-responses", {"target_options": TargetOptions(buffer_responses=True)}),
-    ("buffer-memory", {"target_options": TargetOptions(max_memory_buffer_size=1)}),
-    ("max-request-body", {"target_options": TargetOptions(max_request_body_size=1)}),
-    ("max-response-body", {"target_options": TargetOptions(max_response_body_size=1)}),
-    ("scope-cookie-paths", {"target_options": TargetOptions(scope_cookie_paths=True)}),
 ]  # fmt: skip
 
 
@@ -268,19 +253,20 @@ def test_what_is_still_to_come_is_refused_by_name(flag: str, fields: dict[str, A
 
 def test_every_unsupported_flag_is_tried() -> None:
     tried = {flag for flag, _ in UNSUPPORTED}
-    assert NOT_SUPPORTED_YET - tried == {"metrics-port", "http3", "tls-on-demand-url"}
+    assert NOT_SUPPORTED_YET - tried == {"http3", "tls-on-demand-url"}
 
 
 def test_defaults_ask_for_nothing_unsupported() -> None:
-    assert list(unsupported_flags(ServiceOptions(), TargetOptions())) == []
-    assert list(unsupported_flags(ServiceOptions(acme_cache_path="/x"), TargetOptions())) == []
+    assert list(unsupported_flags(ServiceOptions())) == []
+    assert list(unsupported_flags(ServiceOptions(acme_cache_path="/x", tls_redirect=False))) == []
 
 
 def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
     options = DeployOptions(
         service="app",
         targets=("web",),
-        target_options=TargetOptions(buffer_requests=True, response_timeout=-1.0),
+        service_options=ServiceOptions(hosts=("a",), tls_enabled=True),
+        target_options=TargetOptions(response_timeout=-1.0),
     )
     assert refusal(options) == "target-timeout must not be negative"
 
@@ -296,7 +282,22 @@ def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
         ({"shutdown_timeout": -1.0}, "shutdown-timeout must not be negative"),
         ({"max_head_size": 1023}, "max-head-size must be at least 1024 bytes"),
         ({"max_connections": 0}, "max-connections must be more than zero"),
-        ({"metrics_port": 1}, "--metrics-port is not supported yet by this version of kamal-proxy"),
+        ({"max_headers": 0}, "max-headers must be more than zero"),
+        ({"max_spill": -1}, "max-spill must not be negative"),
+        ({"max_buffer_memory": -1}, "max-buffer-memory must not be negative"),
+        (
+            {"bind": "localhost"},
+            "bind 'localhost' is not an IP address (such as 192.0.2.1 or 2001:db8::1)",
+        ),
+        (
+            {"trusted_proxies": ("10.0.0.0/8", "ten")},
+            "trusted-proxy 'ten' is not a network (such as 192.0.2.0/24 or 2001:db8::/32)",
+        ),
+        (
+            {"proxy_protocol_from": ("10.0.0.1/8",)},
+            "proxy-protocol-from '10.0.0.1/8' is not a network (such as 192.0.2.0/24 or "
+            "2001:db8::/32); clear the bits after the prefix",
+        ),
         ({"http3": True}, "--http3 is not supported yet by this version of kamal-proxy"),
     ],
 )

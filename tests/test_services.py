@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -13,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.control.messages import Event, ServiceDescription
-from kamal_proxy.deployment import Deployment, DrainResult
+from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
     DeployFailedError,
     HostConflictError,
@@ -23,108 +22,32 @@ from kamal_proxy.errors import (
     ShuttingDownError,
     StateError,
 )
-from kamal_proxy.options import DeploymentOptions, DeployOptions, ServiceOptions, TargetOptions
+from kamal_proxy.http.error_pages import load_error_pages
+from kamal_proxy.metrics import Metrics
+from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.services import Services
 from kamal_proxy.state import SavedPause, SavedService, StateFile
-from tests.deploying import HANG, Connections, Lines, Probes, Request, run_with_every_cancellation
+from tests.deploying import (
+    HANG,
+    Connections,
+    Lines,
+    Probes,
+    Request,
+    open_room,
+    request,
+    run_with_every_cancellation,
+    save_in_this_thread,
+)
 from tests.pairs import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save in this thread: a clock that jumps would not wait for another.
-
-    Like the real one, this notices a cancellation before the call and never after it.
-    """
-
-    async def run_sync(
-        call: Callable[..., object], *arguments: object, limiter: trio.CapacityLimiter
-    ) -> object:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        result = call(*arguments)
-        await trio.lowlevel.cancel_shielded_checkpoint()
-        return result
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
-
-
-class BrokenState(StateFile):
-    """A state file that can be read, but not written once ``broken`` is set."""
-
-    broken = False
-
-    def save(self, services: Iterable[SavedService]) -> None:
-        if self.broken:
-            raise StateError("no space left")
-        super().save(services)
-
-
-@attrs.define(eq=False)
-class Room:
-    """Services with all that surrounds them, and every deployment that they made."""
-
-    services: Services
-    probes: Probes
-    lines: Lines
-    state: BrokenState
-    nursery: trio.Nursery
-    events: list[Event] = attrs.field(factory=list)
-
-    async def deploy(self, name: str, *targets: str, **options: Any) -> DrainResult:
-        return await self.services.deploy(request(name, *targets, **options), self.events.append)
-
-    @property
-    def serving(self) -> dict[str, list[str]]:
-        """Targets in the routing table, by service."""
-        return {s.name: [t.name for t in s.active.targets] for s in self.services.routes}
-
-    @property
-    def saved(self) -> dict[str, str]:
-        """Targets on disk, by service."""
-        if not self.state.path.exists():
-            return {}
-        return {
-            entry["name"]: entry["active_targets"][0]
-            for entry in json.loads(self.state.path.read_bytes())
-        }
-
-    def active(self, name: str) -> Deployment:
-        service = self.services.routes.get(name)
-        assert service is not None
-        return service.active
-
-
-def request(
-    name: str,
-    *targets: str,
-    hosts: tuple[str, ...] = (),
-    timeout: float = 5,
-    drain: float = 10,
-    force: bool = False,
-) -> DeployOptions:
-    return DeployOptions(
-        service=name,
-        targets=targets or ("v1",),
-        service_options=ServiceOptions(hosts=hosts or (name,)),
-        deployment_options=DeploymentOptions(
-            deploy_timeout=timeout, drain_timeout=drain, force=force
-        ),
-    )
-
-
-@asynccontextmanager
-async def open_room(path: Path, **script: list[bool | str]) -> AsyncIterator[Room]:
-    probes, lines = Probes(dict(script)), Lines()
-    with BrokenState(path / "kamal-proxy.state") as state:
-        services = Services(state, lines.log(), probe=probes, connect=Connections)
-        async with trio.open_nursery() as nursery:
-            await services.start(nursery, services.restore())
-            yield Room(services, probes, lines, state, nursery)
-            nursery.cancel_scope.cancel()
+    """Save in this thread."""
+    save_in_this_thread(monkeypatch)
 
 
 # Deploying
@@ -286,8 +209,9 @@ async def test_bad_options_change_nothing(tmp_path: Path, autojump_clock: MockCl
         ):
             with pytest.raises(InvalidOptionsError):
                 await room.services.deploy(options)
-        with pytest.raises(NotSupportedYetError, match="--read-target"):
-            await room.services.deploy(attrs.evolve(request("app"), read_targets=("r1",)))
+        tls = ServiceOptions(hosts=("a.test",), tls_enabled=True)
+        with pytest.raises(NotSupportedYetError, match="--tls"):
+            await room.services.deploy(attrs.evolve(request("app"), service_options=tls))
         assert room.serving == {}
         assert room.probes.times == {}
 
@@ -434,7 +358,7 @@ async def test_remove_an_unknown_service(tmp_path: Path, autojump_clock: MockClo
 async def test_nothing_changes_after_the_stop(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with open_room(tmp_path) as room:
         await room.deploy("app", "v1")
-        room.services.stop()
+        room.services.close()
         with pytest.raises(ShuttingDownError):
             await room.deploy("app", "v2")
         with pytest.raises(ShuttingDownError):
@@ -455,13 +379,20 @@ async def test_a_deploy_does_not_switch_after_the_stop(
 
             nursery.start_soon(too_late)
             await wait_all_tasks_blocked()
-            room.services.stop()
+            room.services.close()
         assert room.serving == {"app": ["v1"]}
         assert room.saved == {"app": "v1"}
 
 
 async def test_before_the_start_there_is_nothing_to_change() -> None:
-    services = Services(None, Lines().log(), probe=Probes(), connect=Connections)
+    services = Services(
+        None,
+        Lines().log(),
+        probe=Probes(),
+        connect=Connections,
+        load_pages=load_error_pages,
+        metrics=Metrics(),
+    )
     with pytest.raises(ShuttingDownError):
         await services.deploy(request("app"))
     with pytest.raises(ShuttingDownError):
@@ -470,7 +401,14 @@ async def test_before_the_start_there_is_nothing_to_change() -> None:
 
 
 async def test_without_a_state_file(autojump_clock: MockClock) -> None:
-    services = Services(None, Lines().log(), probe=Probes(), connect=Connections)
+    services = Services(
+        None,
+        Lines().log(),
+        probe=Probes(),
+        connect=Connections,
+        load_pages=load_error_pages,
+        metrics=Metrics(),
+    )
     assert services.restore() == []
     async with trio.open_nursery() as nursery:
         await services.start(nursery, [])
@@ -519,17 +457,13 @@ async def test_restored_services_warn_about_what_they_do_without(
         ),
     )
     async with open_room(tmp_path) as room:
-        assert room.serving == {"app": ["v1"]}
-        flags = ("read-target", "tls", "buffer-requests")
-        for flag in flags:
-            message = f"Service is served without --{flag}: not supported yet by this version"
-            assert room.lines.of(message) == [{"service": "app"}]
-        message = "Service is served without its rollout: not supported yet by this version"
+        message = "Service is served without --tls: not supported yet by this version"
         assert room.lines.of(message) == [{"service": "app"}]
-        assert len(room.lines.messages) == len(flags) + 2
+        assert len(room.lines.messages) == 2
         await room.deploy("other", "v1")
         (entry, _) = json.loads(room.state.path.read_bytes())
-        assert entry["active_readers"] == ["r1"], "an unrelated change keeps it"
+        assert entry["active_readers"] == ["r1"]
+        assert entry["rollout_targets"] == ["v2"]
         assert entry["options"]["tls_enabled"] is True
 
 

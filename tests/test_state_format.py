@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kamal_proxy.options import HealthCheckOptions, ServiceOptions, TargetOptions
+from kamal_proxy.options import HealthCheckOptions, PathTimeout, ServiceOptions, TargetOptions
 from kamal_proxy.state_format import (
     SavedPause,
     SavedRollout,
@@ -363,6 +363,12 @@ services = st.builds(
         log_response_headers=lists,
         forward_headers=st.booleans(),
         scope_cookie_paths=st.booleans(),
+        path_timeouts=st.lists(
+            st.builds(PathTimeout, path=texts, timeout=seconds),
+            max_size=2,
+            unique_by=lambda limit: limit.path,
+        ).map(tuple),
+        websocket_idle_timeout=seconds,
     ),
     active_targets=targets,
     active_readers=targets,
@@ -398,7 +404,8 @@ def test_the_strategy_states_every_option() -> None:
     """An option added later must be added to the format and to the strategy above."""
     (written,) = json.loads(encode([SavedService(name="app")]))
     service_options = {field.name for field in attrs.fields(ServiceOptions)}
-    target_options = {field.name for field in attrs.fields(TargetOptions)} - {"health_check"}
+    own = {"path_timeouts", "websocket_idle_timeout"}  # written only if they say something
+    target_options = {field.name for field in attrs.fields(TargetOptions)} - {"health_check"} - own
     health_check = {field.name for field in attrs.fields(HealthCheckOptions)}
     assert set(written["options"]) == service_options
     assert set(written["target_options"]) == target_options | {"health_check_config"}

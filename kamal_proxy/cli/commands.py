@@ -1,4 +1,4 @@
-"""Which commands there are: names, aliases, where their functions live, and the cyclopts app.
+"""Which commands there are: their words, where their functions live, and the cyclopts app.
 
 A command's module is imported when it is asked for, not before. Also finds near misses for a
 mistyped name. Prints nothing.
@@ -23,7 +23,7 @@ from kamal_proxy.cli.arguments import (
     require_words,
     scan,
 )
-from kamal_proxy.errors import NotSupportedYetError, UsageError
+from kamal_proxy.errors import KamalProxyError, NotSupportedYetError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,36 +33,56 @@ _NEAR = 2  # edits between a mistyped name and one worth suggesting
 
 @attrs.frozen
 class Command:
-    """One command.
+    """One command, or a group of commands, which only has a help text.
 
     Attributes:
-        name: Its word on the command line.
-        place: ``module:function``, imported on demand.
-        usage: What follows the name in the usage line.
-        aliases: Other words for it.
+        words: What calls it, after the program's name; nothing calls the program's own group.
+        place: ``module:function``, imported on demand; a group has none.
+        usage: What follows the words in the usage line.
+        aliases: Other forms of the last word.
+        about: The description of a group; a command's is its function's docstring.
     """
 
-    name: str
-    place: str
+    words: str
+    place: str = ""
     usage: str = ""
     aliases: tuple[str, ...] = ()
+    about: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last of its words."""
+        return self.words.rpartition(" ")[2]
+
+    @property
+    def path(self) -> str:
+        """The command as error sentences and usage lines name it."""
+        return f"{PROGRAM} {self.words}".rstrip()
+
+    @property
+    def members(self) -> tuple[Command, ...]:
+        """The commands of a group."""
+        return tuple(c for c in COMMANDS if c != self and c.words.rpartition(" ")[0] == self.words)
 
     @property
     def function(self) -> Callable[..., Any]:
         """The typed function that carries the command out."""
-        function = app()[self.name].default_command
+        assert self.place, "a group is not carried out"
+        function = _bound(self).default_command
         assert function is not None
         return function
 
     @property
     def grammar(self) -> Grammar:
-        """What may follow the command's word."""
-        return read_grammar(f"{PROGRAM} {self.name}", self.function)
+        """What may follow the command's words."""
+        if not self.place:
+            return Grammar(self.path, {"help": help_flag(self.path)})
+        return read_grammar(self.path, self.function)
 
     @property
     def description(self) -> str:
-        """The function's docstring: one sentence, then paragraphs."""
-        return inspect.getdoc(self.function) or ""
+        """One sentence, then paragraphs."""
+        return inspect.cleandoc(self.about) if self.about else inspect.getdoc(self.function) or ""
 
     @property
     def short_description(self) -> str:
@@ -70,56 +90,112 @@ class Command:
         return self.description.partition("\n")[0].removesuffix(".")
 
 
+ROOT = Command(
+    "",
+    usage="[command]",
+    about="Switches web services to new versions without losing a request",
+)
 COMMANDS = (
+    ROOT,
     Command("run", "kamal_proxy.cli.run:run"),
     Command("deploy", "kamal_proxy.cli.deploy:deploy", "<service>"),
     Command("remove", "kamal_proxy.cli.remove:remove", "<service>", ("rm",)),
+    Command("pause", "kamal_proxy.cli.pause:pause", "<service>"),
+    Command("stop", "kamal_proxy.cli.pause:stop", "<service>"),
+    Command("resume", "kamal_proxy.cli.pause:resume", "<service>"),
     Command("list", "kamal_proxy.cli.list:list_services", aliases=("ls",)),
+    Command(
+        "rollout",
+        usage="[command]",
+        about="""Serve some visitors from new targets first.
+
+        Deploy the new targets beside the old ones with 'rollout deploy', choose with 'rollout set'
+        which visitors go there, and deploy for all when you have seen enough. Visitors are told
+        apart by the cookie kamal-rollout, which your application sets, for example to the number
+        of their account.""",
+    ),
+    Command("rollout deploy", "kamal_proxy.cli.rollout:deploy", "<service>"),
+    Command("rollout set", "kamal_proxy.cli.rollout:set_split", "<service>"),
+    Command("rollout stop", "kamal_proxy.cli.rollout:stop", "<service>"),
     Command("help", "kamal_proxy.cli.help:help_command", "[command]"),
 )
 
 # Commands of the original that arrive with a later version.
-NOT_YET = ("pause", "stop", "resume", "rollout", "completion")
+NOT_YET = ("completion",)
 
 
 @cache
 def app() -> App:
     """Return the cyclopts app, which binds values to the commands' functions and calls them."""
-    root = App(
-        name=PROGRAM,
-        help_flags=(),
-        version_flags=(),
-        print_error=False,
-        exit_on_error=False,
-        suppress_keyboard_interrupt=False,
-        result_action="return_value",
-    )
+    apps: dict[str, App] = {}
     for command in COMMANDS:
-        root.command(
-            command.place,
-            name=command.name,
-            alias=command.aliases,
-            help_flags=(),
-            version_flags=(),
-        )
-    return root
+        group = apps.get(command.words.rpartition(" ")[0])
+        if not command.place:
+            apps[command.words] = App(
+                name=command.name or PROGRAM,
+                help_flags=(),
+                version_flags=(),
+                print_error=False,
+                exit_on_error=False,
+                suppress_keyboard_interrupt=False,
+                result_action="return_value",
+            )
+            if group is not None:
+                group.command(apps[command.words])
+        else:
+            assert group is not None, "a group stands before its commands"
+            group.command(
+                command.place,
+                name=command.name,
+                alias=command.aliases,
+                help_flags=(),
+                version_flags=(),
+            )
+    return apps[ROOT.words]
 
 
-def find_command(name: str) -> Command:
-    """Return the command with that name or alias.
+def _bound(command: Command) -> App:
+    bound = app()
+    for word in command.words.split():
+        bound = bound[word]
+    return bound
+
+
+def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
+    """Find the command that a command line names.
+
+    A word that is no command of a group other than the program's own is left to that group, which
+    shows its help, as in the original.
+
+    Args:
+        arguments: What follows the program's name; flags may stand between the words.
+
+    Returns:
+        The command, and the arguments without its words.
 
     Raises:
         NotSupportedYetError: the original has it and this version does not.
         UsageError: there is none; near misses are suggested.
     """
-    for command in COMMANDS:
-        if name == command.name or name in command.aliases:
-            return command
+    command, rest = ROOT, list(arguments)
+    while (index := find_word(rest)) is not None:
+        word = rest[index]
+        inner = next((c for c in command.members if word in (c.name, *c.aliases)), None)
+        if inner is None:
+            if command is ROOT:
+                raise _unknown(word)
+            break
+        command = inner
+        del rest[index]
+    return command, rest
+
+
+def _unknown(name: str) -> KamalProxyError:
     if name in NOT_YET:
-        raise NotSupportedYetError(f"{name} is not supported yet by this version of {PROGRAM}")
-    near = "".join(f"\t{command.name}\n" for command in COMMANDS if _is_near(name, command))
+        return NotSupportedYetError(f"{name} is not supported yet by this version of {PROGRAM}")
+    near = "".join(f"\t{command.name}\n" for command in ROOT.members if _is_near(name, command))
     suggestion = f"\nDid you mean this?\n{near}\n" if near else ""
-    raise UsageError(
+    return UsageError(
         f"unknown command {quote(name)} for {quote(PROGRAM)}\n"
         f"{suggestion}Run '{PROGRAM} --help' for usage."
     )
@@ -149,25 +225,16 @@ def execute(arguments: Sequence[str]) -> None:
     Raises:
         KamalProxyError: it can't be carried out.
     """
-    index = find_word(arguments)
-    if index is None:
-        scan(Grammar(PROGRAM, {"help": help_flag(PROGRAM)}), arguments)
-        _show_help(None)
-        return
-    command = find_command(arguments[index])
+    command, rest = find_command(arguments)
     grammar = command.grammar
-    found = scan(grammar, [*arguments[:index], *arguments[index + 1 :]])
-    if found.help:
-        _show_help(command)
+    found = scan(grammar, rest)
+    if found.help or not command.place:
+        from kamal_proxy.cli.help import show_help  # which needs this module
+
+        show_help(command)
         return
     require_words(grammar, found.words)
     try:
-        app()([command.name, *found.tokens()])
+        app()([*command.words.split(), *found.tokens()])
     except CycloptsError as error:
         raise UsageError(str(error)) from error
-
-
-def _show_help(command: Command | None) -> None:
-    from kamal_proxy.cli.help import show_help  # which needs this module
-
-    show_help(command)

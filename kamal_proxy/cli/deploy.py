@@ -8,13 +8,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Bool, Duration, Int, Strings, Text
+from kamal_proxy.cli.arguments import Bool, Duration, Int, Kind, Strings, Text, parse_strings, quote
 from kamal_proxy.cli.output import Progress
-from kamal_proxy.errors import UsageError
+from kamal_proxy.durations import parse_duration
+from kamal_proxy.errors import InvalidDurationError, UsageError
 from kamal_proxy.options import (
     DeploymentOptions,
     DeployOptions,
     HealthCheckOptions,
+    PathTimeout,
     ServiceOptions,
     TargetOptions,
     default_data_directory,
@@ -26,6 +28,26 @@ _SERVICE = ServiceOptions()
 _TARGET = TargetOptions()
 _HEALTH = HealthCheckOptions()
 _DEPLOYMENT = DeploymentOptions()
+
+
+def _parse_path_timeouts(text: str) -> tuple[PathTimeout, ...]:
+    return tuple(map(_parse_path_timeout, parse_strings(text)))
+
+
+def _parse_path_timeout(text: str) -> PathTimeout:
+    path, _, duration = text.rpartition("=")
+    if not path:
+        raise ValueError(f"{quote(text)} must be a path and a duration, such as /reports=5m")
+    try:
+        return PathTimeout(path=path, timeout=parse_duration(duration))
+    except InvalidDurationError as error:
+        raise ValueError(
+            f"{error}; it must be a path and a duration, such as /reports=5m"
+        ) from None
+
+
+PATH_TIMEOUTS = Kind("path=duration", _parse_path_timeouts, many=True)
+PathTimeouts = Annotated[tuple[PathTimeout, ...], PATH_TIMEOUTS, PATH_TIMEOUTS.parameter()]
 
 
 def deploy(
@@ -112,6 +134,13 @@ def deploy(
     target_timeout: Annotated[
         Duration, Parameter(help="How long a target may take to begin its response")
     ] = _TARGET.response_timeout,
+    path_timeout: Annotated[
+        PathTimeouts,
+        Parameter(help="The same for one path and what is under it, as /reports=5m (repeatable)"),
+    ] = _TARGET.path_timeouts,
+    websocket_idle_timeout: Annotated[
+        Duration, Parameter(help="How long a WebSocket may carry nothing; 0 for no limit")
+    ] = _TARGET.websocket_idle_timeout,
     buffer_requests: Annotated[
         Bool | None, Parameter(help="Read a whole request before it goes to the target")
     ] = None,
@@ -215,6 +244,8 @@ def deploy(
             log_response_headers=log_response_header,
             forward_headers=forward_headers,
             scope_cookie_paths=scope_cookie_paths,
+            path_timeouts=path_timeout,
+            websocket_idle_timeout=websocket_idle_timeout,
         ),
         deployment_options=DeploymentOptions(
             deploy_timeout=deploy_timeout, drain_timeout=drain_timeout, force=force
@@ -223,7 +254,7 @@ def deploy(
     options.validate()
     from kamal_proxy.control.client import ControlClient
 
-    with Progress(sys.stderr) as progress:
+    with Progress(sys.stderr, draining="on the old targets") as progress:
         ControlClient().deploy(options, progress.show)
 
 

@@ -12,7 +12,7 @@ import textwrap
 from typing import TYPE_CHECKING, TextIO
 
 from kamal_proxy.cli.arguments import PROGRAM, Flag
-from kamal_proxy.cli.commands import COMMANDS, Command, find_command
+from kamal_proxy.cli.commands import ROOT, Command, find_command
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import UsageError
 from kamal_proxy.options import NOT_SUPPORTED_YET
@@ -20,7 +20,6 @@ from kamal_proxy.options import NOT_SUPPORTED_YET
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_SHORT = "Switches web services to new versions without losing a request"
 _USUAL_WIDTH = 110  # where there is no terminal
 _MIN_TEXT = 30
 
@@ -30,25 +29,20 @@ def help_command(*words: str) -> None:
 
     Give the name of a command, or nothing for the list of commands.
     """
-    if not words:
-        show_help(None)
-        return
     try:
-        command = find_command(words[0])
+        command, _ = find_command(words)
     except UsageError:
         # The original's exit code for this is 0 as well.
         sys.stderr.write(f"There is no help for '{' '.join(words)}'.\n\n")
-        _write(_program_lines(), sys.stderr)
+        _write(_usage_lines(ROOT), sys.stderr)
         return
     show_help(command)
 
 
-def show_help(command: Command | None) -> None:
-    """Print the help text of a command, or of the program, to stdout."""
-    if command is None:
-        _write([_SHORT, "", *_program_lines()], sys.stdout)
-    else:
-        _write(_command_lines(command), sys.stdout)
+def show_help(command: Command) -> None:
+    """Print the help text of a command to stdout."""
+    _write(_description_lines(command), sys.stdout)
+    _write(_usage_lines(command), sys.stdout)
 
 
 def _write(lines: Iterable[str], stream: TextIO) -> None:
@@ -59,26 +53,31 @@ def _width() -> int:
     return shutil.get_terminal_size((_USUAL_WIDTH, 24)).columns
 
 
-def _program_lines() -> Iterator[str]:
-    yield from ("Usage:", f"  {PROGRAM} [command]", "", "Commands:")
-    for command in sorted(COMMANDS, key=lambda command: command.name):
-        yield f"  {command.name:<10}{command.short_description}"
-    yield from ("", "Flags:", f"  -h, --help   Show this help for {PROGRAM}", "")
-    yield f"'{PROGRAM} help [command]' says more about a command."
-
-
-def _command_lines(command: Command) -> Iterator[str]:
+def _description_lines(command: Command) -> Iterator[str]:
     yield command.short_description
     for paragraph in command.description.partition("\n")[2].strip().split("\n\n"):
         if paragraph:
             yield ""
             yield from textwrap.wrap(" ".join(paragraph.split()), _width())
-    usage = " ".join(word for word in (PROGRAM, command.name, command.usage) if word)
-    yield from ("", "Usage:", f"  {usage} [flags]", "")
+    yield ""
+
+
+def _usage_lines(command: Command) -> Iterator[str]:
+    ending = "" if command.members else "[flags]"
+    usage = " ".join(filter(None, (command.path, command.usage, ending)))
+    yield from ("Usage:", f"  {usage}", "")
     if command.aliases:
         yield from ("Aliases:", f"  {', '.join((command.name, *command.aliases))}", "")
+    if command.members:
+        yield "Commands:"
+        for member in sorted(command.members, key=lambda member: member.name):
+            yield f"  {member.name:<10}{member.short_description}"
+        yield ""
     yield "Flags:"
     yield from _flag_lines(command.grammar.flags.values())
+    if command.members:
+        more = " ".join(filter(None, (PROGRAM, "help", command.words, "[command]")))
+        yield from ("", f"'{more}' says more about a command.")
 
 
 def _flag_lines(flags: Iterable[Flag]) -> Iterator[str]:

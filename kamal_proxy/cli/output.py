@@ -1,4 +1,4 @@
-"""What commands show: the table of ``list``, the progress of a deploy, and errors.
+"""What commands show: the table of ``list``, the progress of a change, and errors.
 
 Progress is for people only: without a terminal nothing of it is written.
 """
@@ -62,13 +62,18 @@ def _printable(text: str) -> str:
 
 
 class Progress:
-    """Shows the events of a deploy on a terminal; use it as a context manager.
+    """Shows the events of a change on a terminal; use it as a context manager.
 
     Results of probes and the number of requests in flight share one line that is rewritten in
     place; what is settled gets a line of its own.
+
+    Args:
+        stream: Where to show them; nothing is written unless it is a terminal.
+        draining: Which requests those are whose end is waited for, after their number.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, draining: str) -> None:
+        self._draining = draining
         self._stream = stream if stream is not None and stream.isatty() else None
         self._rewrites = os.environ.get("TERM", "dumb") != "dumb"
         self._probes: dict[str, int] = {}
@@ -101,7 +106,7 @@ class Progress:
             case "switched":
                 self._settle("switched", "new requests go to the new targets")
             case "draining" if event.in_flight:
-                self._rewrite("draining", f"{_requests(event.in_flight)} on the old targets")
+                self._rewrite("draining", f"{_requests(event.in_flight)} {self._draining}")
             case "done":
                 self._settle("done", self._summary(event, after))
 

@@ -1,14 +1,33 @@
-"""``kamal-proxy run``: serves until it is told to stop. The only command that loads the server."""
+"""``kamal-proxy run``: serves until it is told to stop. The only command that loads the server.
+
+Its options come from flags, else from the environment, because Kamal can pass only two of them.
+"""
 
 import gc
 import os
 import re
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Bool, Int, parse_bool
+from kamal_proxy.cli.arguments import (
+    DURATION,
+    INT,
+    STRINGS,
+    TEXT,
+    Bool,
+    Duration,
+    Int,
+    Kind,
+    Strings,
+    Text,
+    parse_bool,
+    quote,
+)
+from kamal_proxy.durations import format_duration
+from kamal_proxy.errors import InvalidOptionsError, KamalProxyError
 from kamal_proxy.options import RunOptions, default_data_directory, default_socket_path
 
 T = TypeVar("T")
@@ -34,13 +53,93 @@ def run(
         Parameter(help="Port for metrics, 0 for none; from $METRICS_PORT if not given"),
     ] = None,
     http3: Annotated[Bool, Parameter(help="Serve HTTP/3 on the HTTPS port")] = False,
+    bind: Annotated[
+        Strings | None, Parameter(help="Address to listen on; all if none (repeatable)")
+    ] = None,
+    trusted_proxy: Annotated[
+        Strings | None,
+        Parameter(
+            help="Network of proxies whose X-Forwarded-* and Forwarded headers are believed, such "
+            "as 192.0.2.0/24; without any, everybody's are (repeatable)"
+        ),
+    ] = None,
+    proxy_protocol_from: Annotated[
+        Strings | None,
+        Parameter(help="Network whose connections begin with the PROXY protocol (repeatable)"),
+    ] = None,
+    head_timeout: Annotated[
+        Duration | None,
+        Parameter(
+            help="How long the head of a request may take to arrive "
+            f"(default {format_duration(_DEFAULTS.head_timeout)})"
+        ),
+    ] = None,
+    idle_timeout: Annotated[
+        Duration | None,
+        Parameter(
+            help="How long a connection may stay open between requests "
+            f"(default {format_duration(_DEFAULTS.idle_timeout)})"
+        ),
+    ] = None,
+    stall_timeout: Annotated[
+        Duration | None,
+        Parameter(
+            help="How long a client may neither send nor take anything in the middle of a body "
+            f"(default {format_duration(_DEFAULTS.stall_timeout)})"
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        Duration | None,
+        Parameter(
+            help="How long requests in flight may take to finish when the proxy stops "
+            f"(default {format_duration(_DEFAULTS.shutdown_timeout)})"
+        ),
+    ] = None,
+    max_head_size: Annotated[
+        Int | None,
+        Parameter(
+            help="Largest head of a request or response in bytes "
+            f"(default {_DEFAULTS.max_head_size})"
+        ),
+    ] = None,
+    max_headers: Annotated[
+        Int | None,
+        Parameter(help=f"Most header fields of a request (default {_DEFAULTS.max_headers})"),
+    ] = None,
+    max_connections: Annotated[
+        Int | None,
+        Parameter(
+            help=f"Client connections open at once; more wait (default {_DEFAULTS.max_connections})"
+        ),
+    ] = None,
+    max_spill: Annotated[
+        Int | None,
+        Parameter(
+            help="Bytes of buffered bodies on disk at once, 0 for no limit "
+            f"(default {_DEFAULTS.max_spill})"
+        ),
+    ] = None,
+    max_buffer_memory: Annotated[
+        Int | None,
+        Parameter(
+            help="Bytes of buffered bodies in memory at once; the rest goes to disk "
+            f"(default {_DEFAULTS.max_buffer_memory})"
+        ),
+    ] = None,
+    spill_directory: Annotated[
+        Text | None,
+        Parameter(help="Directory for buffered bodies (default: the system's for temporary files)"),
+    ] = None,
 ) -> None:
     """Run the proxy.
 
-    It serves until it gets SIGTERM or SIGINT, then lets requests in flight finish. Each variable
-    of the environment may also be written with KAMAL_PROXY_ in front, such as
-    KAMAL_PROXY_HTTP_PORT, and that one is preferred.
+    It serves until it gets SIGTERM or SIGINT, then lets requests in flight finish.
+
+    Each flag but --http3 can also be set by a variable of the environment, such as
+    KAMAL_PROXY_HEAD_TIMEOUT for --head-timeout; the flag is preferred. Lists are separated by
+    commas there. $DEBUG and the ports also have their names without KAMAL_PROXY_.
     """
+    directory = _setting("spill_directory", TEXT, spill_directory)
     options = RunOptions(
         debug=_environment("DEBUG", parse_bool, _DEFAULTS.debug) if debug is None else debug,
         http_port=_port("HTTP_PORT", http_port, _DEFAULTS.http_port),
@@ -49,12 +148,46 @@ def run(
         http3=http3,
         data_directory=default_data_directory(),
         socket_path=default_socket_path(),
+        bind=_setting("bind", STRINGS, bind),
+        trusted_proxies=_setting("trusted_proxies", STRINGS, trusted_proxy, "TRUSTED_PROXY"),
+        proxy_protocol_from=_setting("proxy_protocol_from", STRINGS, proxy_protocol_from),
+        head_timeout=_setting("head_timeout", DURATION, head_timeout),
+        idle_timeout=_setting("idle_timeout", DURATION, idle_timeout),
+        stall_timeout=_setting("stall_timeout", DURATION, stall_timeout),
+        shutdown_timeout=_setting("shutdown_timeout", DURATION, shutdown_timeout),
+        max_head_size=_setting("max_head_size", INT, max_head_size),
+        max_headers=_setting("max_headers", INT, max_headers),
+        max_connections=_setting("max_connections", INT, max_connections),
+        max_spill=_setting("max_spill", INT, max_spill),
+        max_buffer_memory=_setting("max_buffer_memory", INT, max_buffer_memory),
+        spill_directory=Path(directory) if directory else None,
     )
     options.validate()
     from kamal_proxy.process import serve
 
     gc.enable()
     serve(options)
+
+
+def _setting(field: str, kind: Kind, given: object, variable: str = "") -> Any:
+    """Return the value for a field of RunOptions: the one given, or its variable's, or the default.
+
+    Raises:
+        InvalidOptionsError: the variable has a value that can't be used.
+    """
+    if given is not None:
+        return given
+    variable = f"KAMAL_PROXY_{variable or field.upper()}"
+    text = os.environ.get(variable)
+    if text is None:
+        return getattr(_DEFAULTS, field)
+    try:
+        value = kind.parse(text)
+        # On its own, so that the error can name the variable.
+        RunOptions(**{field: value}).validate()
+    except (ValueError, KamalProxyError) as error:
+        raise InvalidOptionsError(f"invalid value {quote(text)} for {variable}: {error}") from None
+    return value
 
 
 def _port(variable: str, given: int | None, default: int) -> int:

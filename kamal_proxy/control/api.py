@@ -1,8 +1,9 @@
 """The admin API's server: HTTP/1.1 with JSON on the Unix socket, described in docs/admin-api.md.
 
 Reads requests with the project's own HTTP codec and turns them into calls of whatever it controls.
-A deploy runs in the operations nursery, not in the connection's task: a client that goes away loses
-its report and nothing else.
+What takes long runs in the operations nursery, not in the connection's task: a client that goes
+away loses its report and nothing else. What is short runs in the connection's task, which does not
+look at the client meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import unquote
 
 import trio
@@ -33,11 +35,17 @@ from kamal_proxy.http.codec import (
     ServerCodec,
     whole_response,
 )
-from kamal_proxy.options import DeployOptions
+from kamal_proxy.options import (
+    DeployOptions,
+    PauseOptions,
+    RolloutOptions,
+    RolloutSplit,
+    StopOptions,
+)
 from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from kamal_proxy.listeners import Address
     from kamal_proxy.logs import Log
@@ -48,16 +56,22 @@ MAX_BODY = 1024 * 1024
 REQUEST_TIMEOUT = 30.0  # seconds for a whole request to arrive, and for each part of an answer
 _MAX_EVENTS = 1000  # kept for a client that reads slowly; it misses what is over
 _LAST = ("done", "failed")  # the events that end a report
-_SERVICES = API_PREFIX + "/services"
 
 _STATUS = {
     "service_not_found": 404,
     "host_conflict": 409,
+    "resumed": 409,
+    "rollout_not_set": 409,
+    "error_pages": 422,
     "invalid_options": 422,
     "invalid_duration": 422,
     "not_supported_yet": 422,
+    "state": 500,
     "shutting_down": 503,
 }
+
+
+_Operation: TypeAlias = "Callable[[Callable[[Event], None]], Awaitable[object]]"
 
 
 class Controlled(Protocol):
@@ -71,6 +85,30 @@ class Controlled(Protocol):
 
     async def remove(self, name: str) -> None:
         """Remove a service."""
+
+    async def pause(
+        self, name: str, options: PauseOptions, progress: Callable[[Event], None]
+    ) -> object:
+        """Pause a service and wait until what was in flight has ended."""
+
+    async def stop_service(
+        self, name: str, options: StopOptions, progress: Callable[[Event], None]
+    ) -> object:
+        """Stop a service and wait until what was in flight has ended."""
+
+    async def resume(self, name: str) -> None:
+        """End the pause or stop of a service."""
+
+    async def deploy_rollout(
+        self, name: str, options: RolloutOptions, progress: Callable[[Event], None]
+    ) -> object:
+        """Deploy the rollout targets of a service."""
+
+    async def set_rollout(self, name: str, split: RolloutSplit) -> None:
+        """Choose which clients the rollout targets serve."""
+
+    async def stop_rollout(self, name: str) -> None:
+        """Serve all clients from the service's own targets."""
 
 
 class _BadRequest(KamalProxyError):
@@ -89,7 +127,7 @@ class ControlServer:
 
     Args:
         services: What is controlled.
-        operations: Nursery in which deploys run, whoever asked for them.
+        operations: Nursery in which what takes long runs, whoever asked for it.
         log: Where bugs are reported.
     """
 
@@ -183,42 +221,76 @@ class _Call:
 
     async def _dispatch(self, head: RequestHead, body: bytes) -> None:
         path = head.target.decode("ascii").partition("?")[0]
-        if path == API_PREFIX:
-            self._require_method("GET")
-            await self._answer(200, {"version": __version__, "api": 1})
-        elif path == _SERVICES:
-            self._require_method("GET")
-            await self._answer(
-                200, {"services": [to_json(service) for service in self._services.describe()]}
-            )
-        elif path.startswith(_SERVICES + "/") and (name := unquote(path[len(_SERVICES) + 1 :])):
-            self._require_method("PUT", "DELETE")
-            if self._method == "DELETE":
-                await self._services.remove(name)
-                await self._send_response(204, [], b"")
-            else:
-                await self._deploy(name, _parse(body))
-        else:
-            raise _BadRequest(404, f"no such resource: {path} (the API begins at {API_PREFIX})")
-
-    def _require_method(self, *allowed: str) -> None:
-        if self._method not in allowed:
+        methods, name = _find_resource(path)
+        if self._method not in methods:
             raise _BadRequest(
                 405,
-                f"{self._method} is not possible here; use {' or '.join(allowed)}",
-                [(b"Allow", ", ".join(allowed).encode())],
+                f"{self._method} is not possible here; use {' or '.join(methods)}",
+                [(b"Allow", ", ".join(methods).encode())],
             )
+        await methods[self._method](self, name, body)
 
-    async def _deploy(self, name: str, document: dict[str, Any]) -> None:
-        """Start a deploy and report its events until it ends."""
+    async def version(self, _name: str, _body: bytes) -> None:
+        await self._answer(200, {"version": __version__, "api": 1})
+
+    async def list_services(self, _name: str, _body: bytes) -> None:
+        services = [to_json(service) for service in self._services.describe()]
+        await self._answer(200, {"services": services})
+
+    async def deploy(self, name: str, body: bytes) -> None:
+        document = _parse(body)
         if document.setdefault("service", name) != name:
             raise InvalidOptionsError(
                 f"the document names service '{document['service']}', the URL '{name}'"
             )
         options = from_json(DeployOptions, document)
         options.validate()
+        await self._operate("Deploy", name, partial(self._services.deploy, options))
+
+    async def remove(self, name: str, _body: bytes) -> None:
+        await self._services.remove(name)
+        await self._send_response(204, [], b"")
+
+    async def pause(self, name: str, body: bytes) -> None:
+        options = from_json(PauseOptions, _parse(body))
+        options.validate()
+        await self._operate("Pause", name, partial(self._services.pause, name, options))
+
+    async def stop(self, name: str, body: bytes) -> None:
+        options = from_json(StopOptions, _parse(body))
+        options.validate()
+        await self._operate("Stop", name, partial(self._services.stop_service, name, options))
+
+    async def resume(self, name: str, _body: bytes) -> None:
+        await self._services.resume(name)
+        await self._send_response(204, [], b"")
+
+    async def deploy_rollout(self, name: str, body: bytes) -> None:
+        options = from_json(RolloutOptions, _parse(body))
+        options.validate()
+        operation = partial(self._services.deploy_rollout, name, options)
+        await self._operate("Rollout deploy", name, operation)
+
+    async def set_rollout(self, name: str, body: bytes) -> None:
+        split = from_json(RolloutSplit, _parse(body))
+        split.validate()
+        await self._services.set_rollout(name, split)
+        await self._send_response(204, [], b"")
+
+    async def stop_rollout(self, name: str, _body: bytes) -> None:
+        await self._services.stop_rollout(name)
+        await self._send_response(204, [], b"")
+
+    async def _operate(self, what: str, name: str, operation: _Operation) -> None:
+        """Start what takes long and report its events until it ends.
+
+        Args:
+            what: What it is, for the log.
+            name: The service concerned, for the log.
+            operation: Called with what takes its events.
+        """
         report = _Report()
-        self._operations.start_soon(self._run_deploy, options, report)
+        self._operations.start_soon(self._run, what, name, operation, report)
         async with report.events:
             first = await report.next()
             if first.event == "failed" and first.code in _STATUS:
@@ -233,16 +305,22 @@ class _Call:
                 event = await report.next()
         await self._send(self._codec.end())
 
-    async def _run_deploy(self, options: DeployOptions, report: _Report) -> None:
+    async def _run(
+        self,
+        what: str,
+        name: str,
+        operation: _Operation,
+        report: _Report,
+    ) -> None:
         try:
-            await self._services.deploy(options, report.add)
+            await operation(report.add)
         except KamalProxyError as error:
             report.add(_failed_event(error))
         except trio.Cancelled:
             report.add(_failed_event(ShuttingDownError("the proxy is shutting down")))
             raise
-        except Exception as error:  # a bug must cost one deploy, not the proxy
-            self._log.error("Deploy failed", service=options.service, error=repr(error))
+        except Exception as error:  # a bug must cost one operation, not the proxy
+            self._log.error(f"{what} failed", service=name, error=repr(error))
             report.add(_failed_event(KamalProxyError("internal error; the proxy's log says more")))
 
     async def _begin_stream(self) -> None:
@@ -283,8 +361,37 @@ class _Call:
             await self._stream.send(data)
 
 
+_Methods: TypeAlias = "Mapping[str, Callable[[_Call, str, bytes], Awaitable[None]]]"
+
+# Segments of a path after the prefix, with None for a service's name.
+_RESOURCES: Mapping[tuple[str | None, ...], _Methods] = {
+    (): {"GET": _Call.version},
+    ("services",): {"GET": _Call.list_services},
+    ("services", None): {"PUT": _Call.deploy, "DELETE": _Call.remove},
+    ("services", None, "pause"): {"POST": _Call.pause},
+    ("services", None, "stop"): {"POST": _Call.stop},
+    ("services", None, "resume"): {"POST": _Call.resume},
+    ("services", None, "rollout"): {"PUT": _Call.deploy_rollout},
+    ("services", None, "rollout", "split"): {
+        "PUT": _Call.set_rollout,
+        "DELETE": _Call.stop_rollout,
+    },
+}
+
+
+def _find_resource(path: str) -> tuple[_Methods, str]:
+    """Return what the resource at a path can do, and the name of the service in the path."""
+    if path == API_PREFIX or path.startswith(API_PREFIX + "/"):
+        segments = path[len(API_PREFIX) :].split("/")[1:]
+        name = unquote(segments[1]) if len(segments) > 1 else ""
+        methods = _RESOURCES.get((segments[0], None, *segments[2:]) if name else tuple(segments))
+        if methods is not None:
+            return methods, name
+    raise _BadRequest(404, f"no such resource: {path} (the API begins at {API_PREFIX})")
+
+
 class _Report:
-    """The events of a deploy on their way to whoever asked for it, who may be slow or gone.
+    """The events of an operation on their way to whoever asked for it, who may be slow or gone.
 
     A slow reader misses what is over the limit, but never the last event.
     """
@@ -312,7 +419,7 @@ class _Report:
 
 
 class _Failed(KamalProxyError):
-    """A deploy that failed before its first step."""
+    """An operation that failed before its first step."""
 
     def __init__(self, event: Event) -> None:
         super().__init__(event.message, event.details)

@@ -29,11 +29,19 @@ from kamal_proxy.errors import (
     KamalProxyError,
     ServiceNotFoundError,
 )
-from kamal_proxy.options import DeployOptions, default_socket_path
+from kamal_proxy.options import default_socket_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from kamal_proxy.options import (
+        DeployOptions,
+        PauseOptions,
+        RolloutOptions,
+        RolloutSplit,
+        StopOptions,
+    )
 
 START_WAIT = 3.0  # seconds that a proxy may take to open its socket
 POLL_INTERVAL = 0.05
@@ -88,10 +96,25 @@ class ControlClient:
             ServiceNotFoundError: there is no such service.
             KamalProxyError: the proxy can't be reached or refuses.
         """
-        if not name:
-            raise ServiceNotFoundError("service not found")
-        with self._call("DELETE", _service_path(name)):
-            pass
+        self._order("DELETE", _service_path(name))
+
+    def resume(self, name: str) -> None:
+        """End the pause or stop of a service; raises as :meth:`remove` does."""
+        self._order("POST", _service_path(name, "resume"))
+
+    def set_rollout(self, name: str, split: RolloutSplit) -> None:
+        """Choose which clients the rollout targets of a service serve.
+
+        Raises:
+            RolloutNotSetError: the service has no rollout targets.
+            ServiceNotFoundError: there is no such service.
+            KamalProxyError: the proxy can't be reached or refuses.
+        """
+        self._order("PUT", _service_path(name, "rollout", "split"), to_json(split))
+
+    def stop_rollout(self, name: str) -> None:
+        """Serve all clients of a service from its own targets; raises as :meth:`set_rollout`."""
+        self._order("DELETE", _service_path(name, "rollout", "split"))
 
     def deploy(self, options: DeployOptions, on_event: Callable[[Event], None]) -> Event:
         """Deploy a service and wait for the end.
@@ -109,12 +132,55 @@ class ControlClient:
         """
         body = to_json(options)
         del body["service"]
+        return self._follow("PUT", _service_path(options.service), body, "deploy", on_event)
+
+    def deploy_rollout(
+        self, name: str, options: RolloutOptions, on_event: Callable[[Event], None]
+    ) -> Event:
+        """Deploy the rollout targets of a service and wait for the end, as :meth:`deploy` does."""
+        path = _service_path(name, "rollout")
+        return self._follow("PUT", path, to_json(options), "deploy", on_event)
+
+    def pause(self, name: str, options: PauseOptions, on_event: Callable[[Event], None]) -> Event:
+        """Pause a service and wait until what was in flight has ended.
+
+        Args:
+            name: The service.
+            options: How to pause it.
+            on_event: Called with each event but a failure, as it happens.
+
+        Returns:
+            The last event, which says how the drain went.
+
+        Raises:
+            ResumedError: the service was resumed meanwhile.
+            ServiceNotFoundError: there is no such service.
+            ControlSocketError: the proxy can't be reached, or ended in the middle.
+            KamalProxyError: the proxy refuses.
+        """
+        path = _service_path(name, "pause")
+        return self._follow("POST", path, to_json(options), "pause", on_event)
+
+    def stop(self, name: str, options: StopOptions, on_event: Callable[[Event], None]) -> Event:
+        """Stop a service and wait until what was in flight has ended, as :meth:`pause` does."""
+        path = _service_path(name, "stop")
+        return self._follow("POST", path, to_json(options), "stop", on_event)
+
+    def _order(self, method: str, path: str, body: object = None) -> None:
+        """Make a call that has no answer but its status."""
+        with self._call(method, path, body):
+            pass
+
+    def _follow(
+        self, method: str, path: str, body: object, what: str, on_event: Callable[[Event], None]
+    ) -> Event:
+        """Make a call that is answered by events, and return the last of them."""
         # No time limit: it is the proxy that limits the wait for targets and the drain.
-        with self._call("PUT", _service_path(options.service), body, patient=True) as response:
+        with self._call(method, path, body, patient=True) as response:
             if response.headers.get_content_type() != EVENT_STREAM:
                 raise _malformed("no stream of events")
             while True:
-                event = _read_event(response)
+                event = _read_event(response, what)
                 if event.event == "failed":
                     raise _error(event.code, event.message, event.details)
                 on_event(event)
@@ -172,8 +238,10 @@ def _io_errors() -> Iterator[None]:
         ) from error
 
 
-def _service_path(name: str) -> str:
-    return "/services/" + quote(name, safe="", errors="surrogateescape")
+def _service_path(name: str, *parts: str) -> str:
+    if not name:
+        raise ServiceNotFoundError("service not found")
+    return "/".join(("/services", quote(name, safe="", errors="surrogateescape"), *parts))
 
 
 def _read_json(response: http.client.HTTPResponse) -> Any:
@@ -186,14 +254,14 @@ def _read_json(response: http.client.HTTPResponse) -> Any:
     return _loads(body)
 
 
-def _read_event(response: http.client.HTTPResponse) -> Event:
+def _read_event(response: http.client.HTTPResponse, what: str) -> Event:
     with _io_errors():
         line = response.readline(MAX_EVENT + 1)
     if len(line) > MAX_EVENT:
         raise _malformed(f"an event of more than {MAX_EVENT} bytes")
     if not line.endswith(b"\n"):
         raise ControlSocketError(
-            "the proxy ended the connection before the deploy was complete; it may have stopped"
+            f"the proxy ended the connection before the {what} was complete; it may have stopped"
         )
     return _decode(Event, _loads(line))
 

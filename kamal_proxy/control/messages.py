@@ -29,11 +29,19 @@ class ServiceDescription:
         name: Service name.
         hosts: Hosts; empty means every host.
         path_prefixes: Path prefixes.
-        targets: ``host:port`` of each active target.
-        healthy: The targets that answered their last probe.
+        targets: ``host:port`` of each active target that may be written to.
+        read_targets: ``host:port`` of each active target for reading only.
+        rollout_targets: Like ``targets``, of the rollout.
+        rollout_read_targets: Like ``read_targets``, of the rollout.
+        rollout_active: Whether it is set which visitors go to the rollout.
+        rollout_percentage: Share of the values of the visitors' cookie that go to the rollout.
+        rollout_allowlist: Values of the cookie that always go there.
+        healthy: The targets, of all four kinds, that answered their last probe.
         state: ``running``, ``paused`` or ``stopped``.
+        stop_message: What visitors of a stopped service are told.
+        max_pause: Seconds that requests to a paused service wait; 0 unless it is paused.
         tls: Whether the service uses TLS.
-        in_flight: Requests being served by the active targets.
+        in_flight: Requests being served by the service's targets.
         draining: Requests still being served by replaced targets.
     """
 
@@ -41,8 +49,16 @@ class ServiceDescription:
     hosts: tuple[str, ...] = ()
     path_prefixes: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    read_targets: tuple[str, ...] = ()
+    rollout_targets: tuple[str, ...] = ()
+    rollout_read_targets: tuple[str, ...] = ()
+    rollout_active: bool = False
+    rollout_percentage: int = 0
+    rollout_allowlist: tuple[str, ...] = ()
     healthy: tuple[str, ...] = ()
     state: str = "running"
+    stop_message: str = ""
+    max_pause: float = 0.0
     tls: bool = False
     in_flight: int = 0
     draining: int = 0
@@ -50,15 +66,15 @@ class ServiceDescription:
 
 @attrs.frozen(kw_only=True)
 class Event:
-    """One step of a deploy, as it happens.
+    """One step of a deploy, a pause or a stop, as it happens.
 
     Attributes:
         event: ``probe``, ``healthy``, ``switched``, ``draining``, ``done`` or ``failed``.
-        elapsed: Seconds since the deploy began.
+        elapsed: Seconds since it began.
         target: The target concerned (``probe``).
         result: What the probe found, in words (``probe``).
         ok: Whether the probe succeeded (``probe``).
-        in_flight: Requests still running on the old targets (``draining``).
+        in_flight: Requests whose end is waited for (``draining``).
         completed: Requests that finished during the drain (``done``).
         cancelled: Requests cut by the drain deadline (``done``).
         code: Stable name of the error (``failed``).

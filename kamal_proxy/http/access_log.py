@@ -10,6 +10,7 @@ from kamal_proxy.http.codec import RequestHead
 if TYPE_CHECKING:
     from kamal_proxy.http.codec import HeaderPairs
     from kamal_proxy.http.headers import Destination
+    from kamal_proxy.http.reasons import Reason
     from kamal_proxy.http.server import HttpServer
     from kamal_proxy.listeners import Address
     from kamal_proxy.options import TargetOptions
@@ -28,9 +29,11 @@ def log_request(
     response: HeaderPairs | None = None,
     destination: Destination | None = None,
     request_id: bytes = b"",
+    remote: bytes = b"",
     service: str = "",
     target: str = "",
     options: TargetOptions | None = None,
+    reason: Reason | None = None,
 ) -> None:
     """Write one line.
 
@@ -44,9 +47,11 @@ def log_request(
         response: Header fields of the response, once they were sent.
         destination: Where the request wanted to go, if that was understood.
         request_id: Its id.
+        remote: Whom it comes from, as far as that can be known.
         service: Name of the service that it belonged to.
         target: The target that it was given to.
         options: Options of that service, if it was given to a target: they may ask for more fields.
+        reason: Why it did not end well.
     """
     head = head or _NO_HEAD
     client, port = address
@@ -68,12 +73,13 @@ def log_request(
         resp_content_type=_value(response, b"content-type"),
         client_addr=client,
         client_port=port,
-        remote_addr=head.get(b"x-forwarded-for") or client.encode(),
+        remote_addr=remote,
         user_agent=head.get(b"user-agent"),
         proto="HTTP/" + head.version.decode() if head.version else "",
         scheme=server.scheme,
         query=destination.query if destination else b"",
         headers=_wanted_headers(head, response, options) if options else [],
+        reason=reason or "",
     )
 
 

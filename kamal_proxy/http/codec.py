@@ -48,6 +48,8 @@ HeaderPairs: TypeAlias = list[tuple[bytes, bytes]]
 CHUNKED: Final = -1
 UNTIL_CLOSE: Final = -2
 
+MAX_HEADERS: Final = 200
+
 _CRLF = b"\r\n"
 _MANY_PARTS = 64
 _ASCII = bytes(range(128))
@@ -162,6 +164,10 @@ class _Messages:
         self.is_costly = len(parts) > _MANY_PARTS
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def switched(self) -> bytes:
+        """Return what has arrived of another protocol, after a 101 response."""
+        return bytes(self._parser.trailing_data[0])
+
     def _next_event(self) -> object:
         try:
             event = self._parser.next_event()
@@ -190,10 +196,11 @@ class _Messages:
 class ServerCodec(_Messages):
     """The proxy's side of a client connection."""
 
-    def __init__(self, max_head_size: int) -> None:
+    def __init__(self, max_head_size: int, max_headers: int = MAX_HEADERS) -> None:
         super().__init__()
         self._parser = h11.Connection(h11.SERVER, max_head_size)
         self._max_head_size = max_head_size
+        self._max_headers = max_headers
         self._head = bytearray()  # bytes of a head that is still incomplete
         self._scanned = 0
         self._chunks: ChunkScanner | None = None
@@ -232,6 +239,9 @@ class ServerCodec(_Messages):
             if head[0] < 0x21 and head != b"\r":
                 raise ProtocolError("illegal request line")
             return None
+        # The request line and the blank line are lines too.
+        if head.count(_CRLF, 0, end) - 2 > self._max_headers:
+            raise ProtocolError(f"more than {self._max_headers} header fields", 431)
         lengths = head.lower().count(b"\r\ncontent-length:", 0, end)
         data = bytes(head)
         self._parser.receive_data(_ascii_target(data))
@@ -291,14 +301,15 @@ class ServerCodec(_Messages):
         self.trailers = []
         return RequestHead(request.method, request.target, request.http_version, headers, length)
 
-    def informational(self, head: ResponseHead) -> bytes:
-        """Write a 1xx response; an HTTP/1.0 client gets none (RFC 9110 15.2)."""
+    def informational(self, status: int, reason: bytes, headers: HeaderPairs) -> bytes:
+        """Write a 1xx response; an HTTP/1.0 client gets none (RFC 9110 15.2).
+
+        After 101 the connection is no longer HTTP; see :meth:`switched`.
+        """
         if self._parser.their_http_version == b"1.0":
             return b""
         return self._write(
-            h11.InformationalResponse(
-                status_code=head.status, reason=head.reason, headers=_pairs(head.headers)
-            )
+            h11.InformationalResponse(status_code=status, reason=reason, headers=headers)
         )
 
     def response(self, status: int, reason: bytes, headers: HeaderPairs) -> bytes:
@@ -351,7 +362,8 @@ class ClientCodec(_Messages):
         """Return the head of the next response, 1xx or final, or None when more data is needed.
 
         Raises:
-            ProtocolError: the target sent garbage, too large a head, or closed.
+            ProtocolError: the target sent garbage, too large a head, or closed, or it switched
+                protocols although the request asked for no such thing.
         """
         event = self._next_event()
         if isinstance(event, h11.InformationalResponse | h11.Response) and (
@@ -359,8 +371,6 @@ class ClientCodec(_Messages):
         ):
             raise ProtocolError("HTTP version not supported")
         if isinstance(event, h11.InformationalResponse):
-            if event.status_code == 101:
-                raise ProtocolError("101 Switching Protocols without an upgrade")
             return ResponseHead(event.status_code, event.reason, _headers(event.headers), 0)
         if isinstance(event, h11.Response):
             headers = _headers(event.headers)
@@ -423,7 +433,3 @@ def _headers(headers: _Fields) -> list[Header]:
         (lower, raw, value)
         for (lower, value), (raw, _) in zip(headers, headers.raw_items(), strict=True)
     ]
-
-
-def _pairs(headers: list[Header]) -> HeaderPairs:
-    return [(raw, value) for _, raw, value in headers]

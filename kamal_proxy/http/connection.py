@@ -11,12 +11,14 @@ import trio
 
 from kamal_proxy.http import pages
 from kamal_proxy.http.access_log import log_request
-from kamal_proxy.http.causes import CLIENT_CLOSED_REQUEST, Cause
 from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec, whole_response
 from kamal_proxy.http.exchange import Exchange
+from kamal_proxy.http.reasons import CLIENT_CLOSED_REQUEST, Reason
+from kamal_proxy.proxy_protocol import ProxyHeaderError, parse_untrusted
 from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
+    from kamal_proxy.deployment import Drain
     from kamal_proxy.http.server import HttpServer
     from kamal_proxy.listeners import Address
     from kamal_proxy.sockets import SocketStream
@@ -26,19 +28,51 @@ _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
 
 
 class ClientConnection:
-    """One connection of a client."""
+    """One connection of a client.
 
-    __slots__ = ("_exchange", "_first", "address", "cause", "codec", "scope", "server", "stream")
+    Attributes:
+        stream: Its stream.
+        address: The client's, or what a PROXY protocol header said that it is.
+        server: Whose connection it is.
+        codec: What reads and writes HTTP on it.
+        scope: What everything on it happens in.
+        reason: Why ``scope`` ends at its deadline, or was cancelled.
+        ending: Whether it ends with the response that is being made.
+        vouched: Whether the client is one of the trusted proxies.
+        believed: Whether what it says about the hops before it is believed: of those proxies, or of
+            everybody if there are none.
+    """
+
+    __slots__ = (
+        "_exchange",
+        "_first",
+        "address",
+        "believed",
+        "codec",
+        "ending",
+        "reason",
+        "scope",
+        "server",
+        "stream",
+        "vouched",
+    )
 
     def __init__(self, stream: SocketStream, address: Address, server: HttpServer) -> None:
         self.stream = stream
-        self.address = address
         self.server = server
-        self.codec = ServerCodec(server.options.max_head_size)
+        self.codec = ServerCodec(server.options.max_head_size, server.options.max_headers)
+        self._set_address(address)
         self.scope = trio.CancelScope()
-        self.cause = Cause.IDLE
+        self.reason = Reason.IDLE
+        self.ending = False
         self._exchange: Exchange | None = None
         self._first = True
+
+    def _set_address(self, address: Address) -> None:
+        trusted = self.server.trusted_proxies
+        self.address = address
+        self.vouched = bool(trusted) and address[0] in trusted
+        self.believed = self.vouched or not trusted
 
     @property
     def is_idle(self) -> bool:
@@ -49,20 +83,25 @@ class ClientConnection:
             and self.stream.is_quiet_nowait()
         )
 
-    def move_deadline(self, seconds: float, cause: Cause) -> None:
-        """Give what happens next that many seconds from now; ``cause`` says what their end means.
+    def move_deadline(self, seconds: float, reason: Reason) -> None:
+        """Give what happens next that many seconds from now; ``reason`` says what their end means.
 
         Once the client is gone, or a cancellation is under way, nothing changes that any more.
         """
-        if self.cause is Cause.CLIENT_GONE or self.scope.cancel_called:
+        if self.reason is Reason.CLIENT_GONE or self.scope.cancel_called:
             return
         self.scope.deadline = trio.current_time() + seconds
-        self.cause = cause
+        self.reason = reason
 
-    def cancel(self, cause: Cause) -> None:
+    def begin_drain(self, drain: Drain) -> None:
+        """Let what would not end by itself end before the proxy does."""
+        if self._exchange is not None:
+            self._exchange.begin_drain(drain)
+
+    def cancel(self, reason: Reason) -> None:
         """Interrupt what the connection is doing now."""
-        self.cause = cause
-        self.scope.cancel(reason=cause.name)
+        self.reason = reason
+        self.scope.cancel(reason=reason.name)
 
     async def run(self) -> None:
         """Serve the connection until it ends. The caller closes the stream."""
@@ -78,17 +117,21 @@ class ClientConnection:
     async def _serve(self) -> bool:
         """Serve requests; return whether the client may still be sending."""
         with self.scope:
+            if self.address[0] in self.server.proxy_protocol_from and not await self._introduced():
+                return False
             # An exchange that ended while being cancelled must not take the next one with it.
             while not self.scope.cancel_called:
                 try:
                     head = await self._next_head()
                 except ProtocolError as error:
-                    return await self._reject(error.status)
+                    large = error.status == Reason.HEAD_TOO_LARGE.status
+                    reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
+                    return await self._reject(reason, error.status)
                 except trio.BrokenResourceError:
                     head = None
                 if head is None:
                     if self.codec.has_partial_head:
-                        self._log_headless(CLIENT_CLOSED_REQUEST, 0)
+                        self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
                     return False
                 exchange = self._exchange = Exchange(self, head)
                 usable = await exchange.run()
@@ -100,20 +143,43 @@ class ClientConnection:
                     return not (self.codec.received and self.stream.is_quiet_nowait())
         return await self._interrupted()
 
+    async def _introduced(self) -> bool:
+        """Read the PROXY protocol header that this peer owes; return whether it was one."""
+        self.move_deadline(self.server.options.head_timeout, Reason.IDLE)
+        data = b""
+        try:
+            while (header := parse_untrusted(data)) is None:
+                more = await self.stream.receive(_HEAD_READ_SIZE)
+                if not more:
+                    return False
+                data += more
+        except (ProxyHeaderError, trio.BrokenResourceError) as error:
+            self.server.log.warning(
+                "Connection refused: no PROXY protocol header",
+                client_addr=self.address[0],
+                error=str(error),
+            )
+            return False
+        if header.source is not None:
+            self._set_address(header.source)
+        self.codec.receive_head_data(data[header.size :])
+        return True
+
     async def _interrupted(self) -> bool:
-        cause = self.cause
+        reason = self.reason
+        self.ending = True
         with trio.move_on_after(_ANSWER_TIMEOUT), trio.CancelScope() as self.scope:
             if self._exchange is not None:
-                self.cause = Cause.IDLE
+                self.reason = Reason.IDLE
                 try:
-                    await self._exchange.interrupted(cause)
+                    await self._exchange.interrupted(reason)
                 except (ProtocolError, trio.BrokenResourceError):
                     return False
-                return cause not in (Cause.CLIENT_GONE, Cause.CLIENT_STALLED)
-            if cause is Cause.HEAD_TIMEOUT:
-                return await self._reject(408)
-            if cause is Cause.SHUTDOWN and self.codec.has_partial_head:
-                return await self._reject(503)
+                return reason not in (Reason.CLIENT_GONE, Reason.CLIENT_STALLED)
+            if reason is Reason.HEAD_TIMEOUT:
+                return await self._reject(reason, reason.status)
+            if reason is Reason.SHUTDOWN and self.codec.has_partial_head:
+                return await self._reject(reason, reason.status)
         return False
 
     async def _next_head(self) -> RequestHead | None:
@@ -126,12 +192,13 @@ class ClientConnection:
             return head
         options = self.server.options
         if self.codec.has_partial_head:
-            self.move_deadline(options.head_timeout, Cause.HEAD_TIMEOUT)
+            self.move_deadline(options.head_timeout, Reason.HEAD_TIMEOUT)
         else:
             # A new connection owes a request sooner than one that has served some.
             patience = options.head_timeout if self._first else options.idle_timeout
-            self.move_deadline(patience, Cause.IDLE)
+            self.move_deadline(patience, Reason.IDLE)
         self._first = False
+        latest = self.scope.deadline
         while True:
             data = await self.stream.receive(_HEAD_READ_SIZE)
             if not data:
@@ -142,14 +209,17 @@ class ClientConnection:
             if head is not None:
                 return head
             if not begun and self.codec.has_partial_head:
-                self.move_deadline(options.head_timeout, Cause.HEAD_TIMEOUT)
+                self.move_deadline(options.head_timeout, Reason.HEAD_TIMEOUT)
+            elif begun and not self.codec.has_partial_head:
+                # It was only an empty line. Any number of them must not keep the connection open.
+                self.move_deadline(latest - trio.current_time(), Reason.IDLE)
 
-    async def _reject(self, status: int) -> bool:
+    async def _reject(self, reason: Reason, status: int) -> bool:
         """Answer a head that can't be understood; the connection ends."""
         body = pages.render(status)
         headers = [(b"Date", self.server.date()), (b"Content-Type", pages.CONTENT_TYPE)]
         response = whole_response(status, pages.reason(status), headers, body)
-        self.move_deadline(_ANSWER_TIMEOUT, Cause.CLIENT_STALLED)
+        self.move_deadline(_ANSWER_TIMEOUT, Reason.CLIENT_STALLED)
         told = False
         try:
             await self.stream.send(response)
@@ -157,10 +227,24 @@ class ClientConnection:
         except trio.BrokenResourceError:
             return False
         finally:
-            self._log_headless(status if told else CLIENT_CLOSED_REQUEST, len(body) if told else 0)
+            if told:
+                self._log_headless(reason, status, len(body))
+            else:
+                self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
         return True
 
-    def _log_headless(self, status: int, sent: int) -> None:
-        """Write the log line of a request whose head was never understood."""
+    def _log_headless(self, reason: Reason, status: int, sent: int) -> None:
+        """Log and count a request whose head was never understood."""
         headers = [(b"Content-Type", pages.CONTENT_TYPE)] if sent else []
-        log_request(self.server, self.address, None, status=status, sent=sent, response=headers)
+        self.server.metrics.request("", b"", status, 0.0)
+        self.server.metrics.failure("", reason)
+        log_request(
+            self.server,
+            self.address,
+            None,
+            status=status,
+            sent=sent,
+            response=headers,
+            remote=self.address[0].encode(),
+            reason=reason,
+        )

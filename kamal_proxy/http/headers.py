@@ -9,7 +9,15 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
-from kamal_proxy.http.codec import CHUNKED, HeaderPairs, ProtocolError, RequestHead, ResponseHead
+from kamal_proxy.http.codec import (
+    CHUNKED,
+    Header,
+    HeaderPairs,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+)
+from kamal_proxy.http.forwarded import believable_untrusted, element, parse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +55,19 @@ _REQUEST_DROPPED = _HOP_BY_HOP | _REWRITTEN | _FRAMING
 
 # RFC 9110 8.6: of these, servers may insist on a length even without a body.
 _LENGTH_EXPECTED = frozenset({b"PATCH", b"POST", b"PUT"})
+
+# Of a type that is made to be read as it comes.
+_STREAMED_TYPES = frozenset(
+    {
+        b"application/json-seq",
+        b"application/jsonl",
+        b"application/stream+json",
+        b"application/x-json-stream",
+        b"application/x-ndjson",
+        b"multipart/x-mixed-replace",
+        b"text/event-stream",
+    }
+)
 
 _HOST = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=%]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)([^#]*)")
@@ -149,13 +170,33 @@ def _raw_length(path: bytes, decoded: int) -> int:
     return position
 
 
-def _named_by_connection(headers: list[tuple[bytes, bytes, bytes]]) -> set[bytes]:
+def _named_by_connection(headers: list[Header]) -> set[bytes]:
     """Return the lower-case names that Connection fields declare to be for this hop only."""
     named: set[bytes] = set()
     for name, _, value in headers:
         if name == b"connection":
-            named.update(token.strip().lower() for token in value.split(b","))
+            named.update(_tokens(value))
     return named - _NEVER_DROPPED
+
+
+def upgrade_of(head: RequestHead) -> bytes:
+    """Return the protocol that a request wants to switch to, or nothing (RFC 9110 7.8).
+
+    ``h2c`` is not passed on: behind it, requests would reach the target that the proxy never saw
+    (and RFC 9113 3.1 has given it up).
+    """
+    upgrade = head.get(b"upgrade")
+    if not upgrade or head.version != b"1.1" or not _names_upgrade(head.headers):
+        return b""
+    return b"" if b"h2c" in upgrade.lower() else upgrade
+
+
+def _names_upgrade(headers: list[Header]) -> bool:
+    return any(name == b"connection" and b"upgrade" in _tokens(value) for name, _, value in headers)
+
+
+def _tokens(value: bytes) -> list[bytes]:
+    return [token.strip().lower() for token in value.split(b",")]
 
 
 def request_headers(
@@ -164,10 +205,14 @@ def request_headers(
     host: bytes,
     client: bytes,
     scheme: bytes,
-    forward: bool,
     target: bytes,
     request_id: bytes,
     new_start: Callable[[], bytes],
+    forward: bool,
+    vouched: bool = False,
+    client_ip_header: bytes = b"",
+    upgrade: bytes = b"",
+    length: int | None = None,
 ) -> HeaderPairs:
     """Build the header fields of the request that the target gets.
 
@@ -176,14 +221,23 @@ def request_headers(
         host: Host to send; the target's own name when the client named none.
         client: The client's address.
         scheme: ``http`` or ``https``.
-        forward: Whether incoming X-Forwarded-* headers are believed.
         target: ``host:port`` of the target.
         request_id: The request's id.
         new_start: Makes the value of X-Request-Start when the client sent none.
+        forward: Whether incoming X-Forwarded-* headers are believed.
+        vouched: Whether the client is one of the few that are believed; then Forwarded is, too.
+        client_ip_header: Lower-case name of the header whose value, if believed, stands for the
+            incoming X-Forwarded-For.
+        upgrade: The protocol that it wants to switch to, if any.
+        length: Bytes of its body, or ``CHUNKED``, where that differs from what the client said
+            because the body was read whole.
     """
     headers = head.headers
+    if length is None:
+        length = head.length
     chain: list[bytes] = []
     kamal_targets: list[bytes] = []
+    forwarded: list[bytes] = []
     proto = forwarded_host = start = b""
     trailers = named = False
     pairs: HeaderPairs = [(b"Host", host or target)]
@@ -206,6 +260,19 @@ def request_headers(
                 forwarded_host = forwarded_host or value
             elif name == b"x-kamal-target":
                 kamal_targets.append(value)
+            elif name == b"forwarded" and vouched:
+                forwarded.append(value)
+    if client_ip_header and forward and (value := head.get(client_ip_header)):
+        chain = [value]
+    if forwarded and (believable := believable_untrusted(forwarded)):
+        elements = parse_untrusted(b", ".join(believable))
+        if elements:
+            # A hop without an address separates those before it from those that are vouched for.
+            chain = chain or [(hop.address or "unknown").encode() for hop in elements]
+            proto = proto or elements[0].proto.lower().encode()
+            forwarded_host = forwarded_host or elements[0].host.encode()
+            believable.append(element(client, host, scheme.decode()))
+            pairs.append((b"Forwarded", b", ".join(believable)))
     if named:
         dropped = _named_by_connection(headers)
         pairs = [pair for pair in pairs if pair[0] == b"Host" or pair[0].lower() not in dropped]
@@ -221,11 +288,44 @@ def request_headers(
     ]
     if trailers:
         pairs.append((b"TE", b"trailers"))
-    if head.length == CHUNKED:
+    if upgrade:
+        pairs += [(b"Connection", b"Upgrade"), (b"Upgrade", upgrade)]
+    if length == CHUNKED:
         pairs.append((b"Transfer-Encoding", b"chunked"))
-    elif head.length or head.method in _LENGTH_EXPECTED or head.get(b"content-length"):
-        pairs.append((b"Content-Length", b"%d" % head.length))
+    elif length or head.method in _LENGTH_EXPECTED or head.get(b"content-length"):
+        pairs.append((b"Content-Length", b"%d" % length))
     return pairs
+
+
+def forwarded_chain(head: RequestHead, client_ip_header: bytes) -> list[str]:
+    """Return what a believed request names as the hops before it, oldest first.
+
+    They are entries for :func:`kamal_proxy.http.forwarded.nearest_untrusted`; one that is no
+    address stays, because whoever it was is not to be believed.
+    """
+    if client_ip_header and (value := head.get(client_ip_header)):
+        return [value.decode("latin-1").strip()]
+    fields = [value for name, _, value in head.headers if name == b"x-forwarded-for"]
+    hops = [hop.strip() for hop in b",".join(fields).decode("latin-1").split(",")]
+    if any(hops):
+        return [hop for hop in hops if hop]
+    forwarded = [value for name, _, value in head.headers if name == b"forwarded"]
+    elements = parse_untrusted(b", ".join(believable_untrusted(forwarded))) or []
+    return [hop.for_ for hop in elements]
+
+
+def is_streamed(head: ResponseHead) -> bool:
+    """Return whether a response is made to be read as it comes, so that it can't be buffered."""
+    if head.length < 0 or head.get(b"x-accel-buffering").lower() == b"no":
+        return True
+    content_type = head.get(b"content-type").partition(b";")[0].strip().lower()
+    return content_type in _STREAMED_TYPES or content_type.startswith(b"application/grpc")
+
+
+def upgrade_response_headers(head: ResponseHead) -> HeaderPairs:
+    """Build the header fields of a 101 response that the client gets."""
+    switched = head.get(b"upgrade")
+    return [*response_headers(head), (b"Connection", b"Upgrade"), (b"Upgrade", switched)]
 
 
 def response_headers(head: ResponseHead) -> HeaderPairs:
@@ -240,7 +340,7 @@ def response_headers(head: ResponseHead) -> HeaderPairs:
         elif name == b"connection":
             named = named or value.lower() not in (b"close", b"keep-alive")
     dropped = _named_by_connection(head.headers) if named else set()
-    if chunked or head.status == 204:  # RFC 9110 8.6: 204 has no Content-Length
+    if chunked or head.status in (101, 204):  # RFC 9110 8.6: these have no Content-Length
         dropped.add(b"content-length")
     if dropped:
         pairs = [pair for pair in pairs if pair[0].lower() not in dropped]

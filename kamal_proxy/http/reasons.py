@@ -1,30 +1,87 @@
-"""Why what a client connection is doing ends before its time, and what the client hears of it."""
+"""Why a request did not end as its client and its target meant it to, and what the client hears.
+
+One list for the log, the metrics, the deadlines of a connection and the answers of the proxy.
+"""
 
 from __future__ import annotations
 
 import enum
+from typing import Self
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; for the log, nobody is there to read it
 
 
-class Cause(enum.Enum):
-    """Why a client connection's scope was cancelled, or would be at its deadline."""
+class Reason(enum.StrEnum):
+    """Why; the value is the word in the log and in the metrics, ``status`` the answer."""
 
-    IDLE = enum.auto()
-    HEAD_TIMEOUT = enum.auto()
-    BODY_TIMEOUT = enum.auto()
-    TARGET_TIMEOUT = enum.auto()
-    CLIENT_STALLED = enum.auto()
-    CLIENT_GONE = enum.auto()
-    DRAINED = enum.auto()
-    SHUTDOWN = enum.auto()
+    status: int
+
+    def __new__(cls, word: str, status: int) -> Self:
+        """Make a member of a word and a status."""
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.status = status
+        return member
+
+    # The client's doing
+    BAD_REQUEST = "bad_request", 400
+    HEAD_TIMEOUT = "head_timeout", 408
+    BODY_TIMEOUT = "body_timeout", 408
+    CLIENT_GONE = "client_gone", CLIENT_CLOSED_REQUEST
+    CLIENT_STALLED = "client_stalled", CLIENT_CLOSED_REQUEST
+    # Limits
+    HEAD_TOO_LARGE = "head_too_large", 431
+    REQUEST_TOO_LARGE = "request_too_large", 413
+    RESPONSE_TOO_LARGE = "response_too_large", 500
+    SPILL_FULL = "spill_full", 507
+    SPILL_FAILED = "spill_failed", 500
+    # The target's doing
+    TARGET_REFUSED = "target_refused", 502
+    TARGET_FAILED = "target_failed", 502
+    TARGET_TIMEOUT = "target_timeout", 504
+    WEBSOCKET_IDLE = "websocket_idle", 504
+    # The proxy's state
+    NO_SERVICE = "no_service", 404
+    NO_TARGET = "no_healthy_target", 503
+    STOPPED = "stopped", 503
+    PAUSE_EXPIRED = "pause_expired", 504
+    DRAINED = "drained", 504
+    SHUTDOWN = "shutdown", 503
+    # Nothing went wrong: a connection had nothing to do any more.
+    IDLE = "idle", 0
 
 
-# Of a request that is being served; any other cause is the proxy ending.
-INTERRUPT_STATUS = {
-    Cause.BODY_TIMEOUT: 408,
-    Cause.TARGET_TIMEOUT: 504,
-    Cause.DRAINED: 504,
-    Cause.CLIENT_STALLED: CLIENT_CLOSED_REQUEST,
-    Cause.CLIENT_GONE: CLIENT_CLOSED_REQUEST,
-}
+class Refusal(Exception):
+    """The proxy answers by itself.
+
+    Attributes:
+        reason: Why.
+        status: The answer; that of the reason unless another one was given.
+        message: What a stopped service tells its visitors.
+    """
+
+    def __init__(self, reason: Reason, message: str = "", status: int = 0) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+        self.status = status or reason.status
+
+
+class TargetFailed(Exception):
+    """The target broke the connection or the protocol, or never accepted a connection.
+
+    Attributes:
+        reason: Which of the two.
+    """
+
+    def __init__(self, text: str, reason: Reason = Reason.TARGET_FAILED) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class StaleConnection(Exception):
+    """A connection used before was closed by the target before it answered anything."""
+
+
+class ClientGone(Exception):
+    """The client closed or broke its connection."""

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 import trio
 
 from kamal_proxy import listeners
-from kamal_proxy.http.causes import Cause
+from kamal_proxy.deployment import Drain
 from kamal_proxy.http.connection import ClientConnection
+from kamal_proxy.http.reasons import Reason
+from kamal_proxy.networks import Networks
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from kamal_proxy.http.bodies import Spill
     from kamal_proxy.listeners import Address
     from kamal_proxy.logs import Log
+    from kamal_proxy.metrics import Metrics
     from kamal_proxy.options import RunOptions
     from kamal_proxy.router import RoutingTable
     from kamal_proxy.sockets import Poller, SocketStream
@@ -33,6 +37,8 @@ class HttpServer:
         options: Timeouts and limits.
         routes: Returns the routing table of this moment.
         log: Where requests are logged.
+        metrics: Where they are counted.
+        spill: Where buffered bodies are.
         port: Port for the log, and for embedders.
         scheme: ``http`` or ``https``.
     """
@@ -42,14 +48,20 @@ class HttpServer:
         options: RunOptions,
         routes: Callable[[], RoutingTable],
         log: Log,
+        metrics: Metrics,
+        spill: Spill,
         port: int,
         scheme: str = "http",
     ) -> None:
         self.options = options
         self.routes = routes
         self.log = log
+        self.metrics = metrics
+        self.spill = spill
         self.port = port
         self.scheme = scheme
+        self.trusted_proxies = Networks(options.trusted_proxies)
+        self.proxy_protocol_from = Networks(options.proxy_protocol_from)
         self.closing = False
         self._connections: set[ClientConnection] = set()
         self._closed = trio.Event()
@@ -84,12 +96,19 @@ class HttpServer:
             if self.closing and not self._connections:
                 self._closed.set()
 
-    def close_idle(self) -> None:
-        """Begin to shut down: idle connections end now, the others after their request."""
+    def close_idle(self, deadline: float) -> None:
+        """Begin to shut down: idle connections end now, the others after their request.
+
+        Args:
+            deadline: When those that are left are aborted, on Trio's clock.
+        """
         self.closing = True
+        drain = Drain(deadline)
         for connection in self._connections:
             if connection.is_idle:
-                connection.cancel(Cause.SHUTDOWN)
+                connection.cancel(Reason.SHUTDOWN)
+            else:
+                connection.begin_drain(drain)
         if not self._connections:
             self._closed.set()
 
@@ -100,7 +119,7 @@ class HttpServer:
     def abort(self) -> None:
         """Interrupt the requests that are still being served."""
         for connection in self._connections:
-            connection.cancel(Cause.SHUTDOWN)
+            connection.cancel(Reason.SHUTDOWN)
 
     def _connection_limit(self) -> int:
         """Return how many clients may be connected: each may need a descriptor for its target."""
@@ -116,17 +135,25 @@ class HttpServer:
             )
         return min(wanted, possible)
 
-    async def accept(self, listener: socket.socket, poller: Poller, nursery: trio.Nursery) -> None:
-        """Accept connections into ``nursery`` until cancelled."""
+    async def accept(
+        self, bound: Sequence[socket.socket], poller: Poller, nursery: trio.Nursery
+    ) -> None:
+        """Accept connections on all listeners into ``nursery`` until cancelled."""
+        limiter = trio.Semaphore(self._connection_limit())
 
         def paused(error: OSError) -> None:
             self.log.error("Accepting connections is paused", port=self.port, error=str(error))
 
-        await listeners.accept(
-            listener,
-            poller,
-            self.handle,
-            nursery=nursery,
-            limiter=trio.Semaphore(self._connection_limit()),
-            on_error=paused,
-        )
+        async def accept_on(listener: socket.socket) -> None:
+            await listeners.accept(
+                listener,
+                poller,
+                self.handle,
+                nursery=nursery,
+                limiter=limiter,
+                on_error=paused,
+            )
+
+        async with trio.open_nursery() as acceptors:
+            for listener in bound:
+                acceptors.start_soon(accept_on, listener)

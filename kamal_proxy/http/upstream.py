@@ -38,13 +38,18 @@ class ConnectError(Exception):
 
 
 class UpstreamConnection:
-    """One connection to a target. ``reused`` says whether it has carried a request before."""
+    """One connection to a target. ``reused`` says whether it has carried a request before.
 
-    __slots__ = ("_sending", "codec", "idle_since", "reused", "stream")
+    ``in_use`` says whether an exchange has it, which must :meth:`release` it.
+    """
 
-    def __init__(self, stream: SocketStream, codec: ClientCodec) -> None:
+    __slots__ = ("_pool", "_sending", "codec", "idle_since", "in_use", "reused", "stream")
+
+    def __init__(self, stream: SocketStream, codec: ClientCodec, pool: UpstreamPool) -> None:
         self.stream = stream
         self.codec = codec
+        self._pool = pool
+        self.in_use = True
         self.reused = False
         self.idle_since = 0.0
         self._sending = False
@@ -58,6 +63,12 @@ class UpstreamConnection:
         self._sending = True
         await self.stream.send(data)
         self._sending = False
+
+    def release(self) -> None:
+        """Give the connection back after its exchange; again does nothing."""
+        if self.in_use:
+            self.in_use = False
+            self._pool.take_back(self)
 
     def next_cycle(self) -> bool:
         """Get ready for another request; False if the connection can't be used again."""
@@ -106,7 +117,7 @@ class UpstreamPool:
                     self._close_idle(len(self._idle))  # all others are older still
                 return None
             if connection.stream.is_quiet_nowait():
-                connection.reused = True
+                connection.reused = connection.in_use = True
                 return connection
             connection.stream.close()
         return None
@@ -126,10 +137,10 @@ class UpstreamPool:
         if stream is None:
             self._resolved_at = -math.inf
             raise ConnectError(reason)
-        return UpstreamConnection(stream, ClientCodec(self._max_head_size))
+        return UpstreamConnection(stream, ClientCodec(self._max_head_size), self)
 
-    def release(self, connection: UpstreamConnection) -> None:
-        """Take back a connection whose exchange has ended; kept only if it can be used again."""
+    def take_back(self, connection: UpstreamConnection) -> None:
+        """Keep a connection whose exchange has ended, if it can be used again; or close it."""
         if self._closed or not connection.next_cycle():
             connection.stream.close()
             return

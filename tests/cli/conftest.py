@@ -1,12 +1,13 @@
-"""What the command's tests share: a clean environment, and a proxy that answers by script."""
+"""What the command's tests share: a clean environment, a scripted proxy, a terminal."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import termios
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
 
@@ -84,6 +85,37 @@ def proxy(tmp_path: Path) -> Iterator[ScriptedProxy]:
     scripted = ScriptedProxy(tmp_path / "kamal-proxy.sock")
     yield scripted
     scripted.close()
+
+
+class Terminal:
+    """A pseudo-terminal of 40 columns."""
+
+    def __init__(self) -> None:
+        self._master, slave = os.openpty()
+        termios.tcsetwinsize(slave, (24, 40))
+        self.stream: TextIO = open(slave, "w", encoding="utf-8")  # noqa: SIM115  closed in read
+
+    def read(self) -> str:
+        """Return all that was written; nothing can be written afterwards."""
+        # The mark tells where to stop: a closed pseudo-terminal may drop what was not yet read.
+        self.stream.write("\0")
+        self.stream.flush()
+        data = b""
+        while not data.endswith(b"\0"):
+            data += os.read(self._master, 4096)
+        self.stream.close()
+        return data[:-1].decode().replace("\r\n", "\n")
+
+    def close(self) -> None:
+        self.stream.close()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    opened = Terminal()
+    yield opened
+    opened.close()
 
 
 Result = tuple[int, str, str]

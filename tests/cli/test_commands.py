@@ -75,13 +75,50 @@ USAGE = "Run 'kamal-proxy --help' for usage.\n"
         (["--debug", "run"], "unknown flag: --debug"),
         (["-x"], "unknown shorthand flag: 'x' in -x"),
         (["help", "--nope"], "unknown flag: --nope"),
-        (["pause", "x"], "pause is not supported yet by this version of kamal-proxy"),
-        (["stop", "x"], "stop is not supported yet by this version of kamal-proxy"),
-        (["resume", "x"], "resume is not supported yet by this version of kamal-proxy"),
-        (["rollout", "set"], "rollout is not supported yet by this version of kamal-proxy"),
-        (["help", "pause"], "pause is not supported yet by this version of kamal-proxy"),
+        (["list", "--json=x"], 'invalid argument "x" for "--json" flag: '
+         'strconv.ParseBool: parsing "x": invalid syntax'),
+        (["pause"], "accepts 1 arg(s), received 0"),
+        (["pause", "a", "b"], "accepts 1 arg(s), received 2"),
+        (["pause", "a", "--message=b"], "unknown flag: --message"),
+        (["pause", "a", "--max-pause=5"], 'invalid argument "5" for "--max-pause" flag: '
+         'time: missing unit in duration "5"'),
+        (["pause", "a", "--max-pause=-1s"], "max-pause must not be negative"),
+        (["pause", "a", "--drain-timeout=-1s"], "drain-timeout must not be negative"),
+        (["stop", "a", "--message", "b", "c"], "accepts 1 arg(s), received 2"),
+        (["stop", "a", "10s", "hello"], "accepts 1 arg(s), received 3"),
+        (["stop", "a", "--max-pause=1s"], "unknown flag: --max-pause"),
+        (["stop", "a", "--drain-timeout=-1s"], "drain-timeout must not be negative"),
+        (["resume"], "accepts 1 arg(s), received 0"),
+        (["resume", "a", "--drain-timeout=1s"], "unknown flag: --drain-timeout"),
+        (["resume", ""], "service not found"),
+        (["rollout", "--nope"], "unknown flag: --nope"),
+        (["rollout", "--x", "1", "set", "a"], "unknown flag: --x"),
+        (["--x=1", "rollout", "set"], "unknown flag: --x"),
+        (["rollout", "-h=x"], 'invalid argument "x" for "-h, --help" flag: '
+         'strconv.ParseBool: parsing "x": invalid syntax'),
+        (["rollout", "deploy"], "accepts 1 arg(s), received 0"),
+        (["rollout", "deploy", "a"], 'required flag(s) "target" not set'),
+        (["rollout", "deploy", "a", "--target="], "at least one target is required"),
+        (["rollout", "deploy", "a", "--target=xx", "--force"], "unknown flag: --force"),
+        (["rollout", "deploy", "a", "--target=xx", "--read-target=x"], "x :invalid host pattern"),
+        (["rollout", "deploy", "a", "--target=xx", "--deploy-timeout=-1s"],
+         "deploy-timeout must not be negative"),
+        (["rollout", "set"], "accepts 1 arg(s), received 0"),
+        (["rollout", "set", "a"],
+         "at least one of the flags in the group [percent list] is required"),
+        (["rollout", "set", "a", "--percent"], "flag needs an argument: --percent"),
+        (["rollout", "set", "a", "--percent=5.5"], 'invalid argument "5.5" for "--percent" flag: '
+         'strconv.ParseInt: parsing "5.5": invalid syntax'),
+        (["rollout", "set", "a", "--percent=101"], "percent 101 must be from 0 to 100"),
+        (["rollout", "set", "a", "--percent", "-1"], "percent -1 must be from 0 to 100"),
+        (["rollout", "stop"], "accepts 1 arg(s), received 0"),
+        (["rollout", "set", "a", "--percent=1", "b"], "accepts 1 arg(s), received 2"),
+        (["-h", "rollout", "set"],
+         'unknown command "set" for "kamal-proxy"\nRun \'kamal-proxy --help\' for usage.'),
+        (["completion", "bash"], "completion is not supported yet by this version of kamal-proxy"),
+        (["help", "completion"], "completion is not supported yet by this version of kamal-proxy"),
     ],
-)
+)  # fmt: skip
 def test_refused(command: Command, argv: list[str], message: str) -> None:
     assert command(*argv) == (1, "", f"Error: {message}\n")
 
@@ -97,7 +134,11 @@ def test_refused(command: Command, argv: list[str], message: str) -> None:
         ("depl", ["deploy"]),
         ("deploi", ["deploy"]),
         ("remov", ["remove"]),
-        ("r", ["run", "remove"]),
+        ("r", ["run", "remove", "resume", "rollout"]),
+        ("res", ["run", "resume"]),
+        ("rollou", ["rollout"]),
+        ("rollout-set", []),
+        ("sto", ["stop"]),
         ("l" * 10_000, []),
     ],
 )
@@ -110,8 +151,10 @@ def test_unknown_command(command: Command, word: str, suggestions: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "argv", [[], [""], ["help"], ["-h"], ["--help"], ["--help=false"], ["-h", "x"], ["--", "list"]]
-)
+    "argv",
+    [[], [""], ["help"], ["-h"], ["--help"], ["--help=false"], ["-h", "x"], ["--", "list"],
+     ["help", ""], ["help", "--", "-x"], ["help", "--", "--", "list"]],
+)  # fmt: skip
 def test_help_of_the_program(command: Command, argv: list[str]) -> None:
     code, out, err = command(*argv)
     assert (code, err) == (0, "")
@@ -123,8 +166,12 @@ def test_help_of_the_program(command: Command, argv: list[str]) -> None:
         "  deploy    Deploy a service, or a new version of one, without losing a request",
         "  help      Show help for a command",
         "  list      List the services and where their requests go",
+        "  pause     Pause a service: new requests wait until it is resumed",
         "  remove    Remove a service",
+        "  resume    Resume a service that was paused or stopped",
+        "  rollout   Serve some visitors from new targets first",
         "  run       Run the proxy",
+        "  stop      Stop a service: new requests get an error page (503) until it is resumed",
         "",
         "Flags:",
         "  -h, --help   Show this help for kamal-proxy",
@@ -148,12 +195,55 @@ def test_help_of_a_command(command: Command, argv: list[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["rollout"], ["rollout", "bogus"], ["rollout", "bogus", "set"], ["rollout", "-h"],
+     ["rollout", "-h", "set"], ["rollout", "--help=false"], ["rollout", "--", "set", "a"],
+     ["rollout", ""], ["help", "rollout"], ["help", "rollout", "bogus"],
+     ["help", "--", "rollout", "-x", "set"], ["--help=0", "rollout"]],
+)  # fmt: skip
+def test_help_of_a_group(command: Command, argv: list[str]) -> None:
+    code, out, err = command(*argv)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "Serve some visitors from new targets first"
+    assert out.partition("Usage:\n")[2].splitlines() == [
+        "  kamal-proxy rollout [command]",
+        "",
+        "Commands:",
+        "  deploy    Deploy the rollout targets of a service, beside its own",
+        "  set       Choose which visitors go to the rollout targets, by their cookie "
+        "kamal-rollout",
+        "  stop      Send all visitors of a service to its own targets again",
+        "",
+        "Flags:",
+        "  -h, --help   Show this help for rollout",
+        "",
+        "'kamal-proxy help rollout [command]' says more about a command.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["help", "rollout", "stop"], ["rollout", "stop", "-h"], ["rollout", "--help=1", "stop"],
+     ["-h=1", "rollout", "stop", "a", "b"], ["help", "rollout", "stop", "extra"]],
+)  # fmt: skip
+def test_help_of_a_command_in_a_group(command: Command, argv: list[str]) -> None:
+    assert command(*argv) == (
+        0,
+        "Send all visitors of a service to its own targets again\n\n"
+        "The rollout targets stay, so 'rollout set' can begin anew.\n\n"
+        "Usage:\n  kamal-proxy rollout stop <service> [flags]\n\n"
+        "Flags:\n  -h, --help   Show this help for stop\n",
+        "",
+    )
+
+
 def test_help_of_deploy_lists_every_flag(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     code, out, _ = command("help", "deploy")
     lines = out.split("Flags:\n")[1].splitlines()
     assert code == 0
-    assert len(lines) == 37
+    assert len(lines) == 39
     names = [line[6:].split()[0] for line in lines]
     assert names == sorted(names)
     assert (
@@ -163,8 +253,8 @@ def test_help_of_deploy_lists_every_flag(command: Command, monkeypatch: pytest.M
     assert '"/up"' in next(line for line in lines if "--health-check-path" in line)
     assert "default" not in next(line for line in lines if "--force" in line)
     marked = {line.split()[0] for line in lines if line.endswith("[not supported yet]")}
-    assert {"--tls", "--buffer-requests", "--read-target"} <= marked
-    assert not marked & {"--target", "--host", "--force", "--forward-headers"}
+    assert {"--tls", "--tls-on-demand-url"} <= marked
+    assert not marked & {"--target", "--host", "--force", "--forward-headers", "--read-target"}
 
 
 def test_help_is_as_wide_as_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +270,12 @@ def test_help_on_nothing_known(command: Command) -> None:
 
 
 def test_help_switched_off_runs_the_command(command: Command, tmp_path: Path) -> None:
-    assert command("--help=false", "list", "-h=false") == (
-        1,
-        "",
-        f"Error: dial unix {tmp_path}/kamal-proxy.sock: connect: no such file or directory\n",
-    )
+    for words in (["list"], ["rollout", "stop", "app"]):
+        assert command("--help=false", *words, "-h=false") == (
+            1,
+            "",
+            f"Error: dial unix {tmp_path}/kamal-proxy.sock: connect: no such file or directory\n",
+        )
 
 
 def _process(
@@ -242,7 +333,12 @@ def test_an_interrupt_is_no_traceback() -> None:
     assert done.stderr == b"Error: interrupted; what the proxy has begun, it finishes\n"
 
 
-@pytest.mark.parametrize("argv", [["list"], ["deploy", "a", "--target=xx"], ["rm", "a"], ["help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["list"], ["list", "--json"], ["deploy", "a", "--target=xx"], ["rm", "a"], ["pause", "a"],
+     ["stop", "a"], ["resume", "a"], ["rollout"], ["rollout", "deploy", "a", "--target=xx"],
+     ["rollout", "set", "a", "--percent=1"], ["rollout", "stop", "a"], ["help"]],
+)  # fmt: skip
 def test_commands_import_nothing_of_the_server(argv: list[str]) -> None:
     program = (
         "import sys\n"

@@ -15,6 +15,7 @@ from kamal_proxy.options import (
     DeploymentOptions,
     DeployOptions,
     HealthCheckOptions,
+    PathTimeout,
     ServiceOptions,
     TargetOptions,
 )
@@ -103,6 +104,22 @@ FLAGS: list[tuple[list[str], dict[str, Any]]] = [
     (["--health-check-port=0x50"], {"health": {"port": 80}}),
     (["--health-check-host=h:1"], {"health": {"host": "h:1"}}),
     (["--target-timeout=10s"], {"target": {"response_timeout": 10.0}}),
+    (
+        ["--path-timeout=/reports/=5m,/a=b=1.5s", "--path-timeout", '"/x,y=0",z=1ms'],
+        {
+            "target": {
+                "path_timeouts": (
+                    PathTimeout(path="/reports", timeout=300.0),
+                    PathTimeout(path="/a=b", timeout=1.5),
+                    PathTimeout(path="/x,y", timeout=0.0),
+                    PathTimeout(path="/z", timeout=0.001),
+                )
+            }
+        },
+    ),
+    (["--path-timeout=", "--path-timeout=/=1s"],
+     {"target": {"path_timeouts": (PathTimeout(path="/", timeout=1.0),)}}),
+    (["--websocket-idle-timeout=1h"], {"target": {"websocket_idle_timeout": 3600.0}}),
     (["--buffer-requests"], {"target": {"buffer_requests": True}}),
     (["--buffer-responses"], {"target": {"buffer_responses": True}}),
     (["--buffer-requests=false", "--buffer-responses=false"], {}),
@@ -120,7 +137,7 @@ FLAGS: list[tuple[list[str], dict[str, Any]]] = [
     (["--forward-headers"], {"target": {"forward_headers": True}}),
     (["--forward-headers=false"], {"target": {"forward_headers": False}}),
     (["--scope-cookie-paths"], {"target": {"scope_cookie_paths": True}}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("all_supported")
@@ -137,23 +154,56 @@ def test_the_table_has_every_flag() -> None:
     from kamal_proxy.cli.commands import find_command
 
     tried = {flag.partition("=")[0] for flags, _ in FLAGS for flag in flags}
-    declared = {flag.title for flag in find_command("deploy").grammar.flags.values()}
+    command, _ = find_command(["deploy"])
+    declared = {flag.title for flag in command.grammar.flags.values()}
     assert declared - tried == {"-h, --help"}
 
 
+FORM = "must be a path and a duration, such as /reports=5m"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("/reports", f'invalid argument "/reports" for "--path-timeout" flag: "/reports" {FORM}'),
+        ("=5m", f'invalid argument "=5m" for "--path-timeout" flag: "=5m" {FORM}'),
+        ("/a=1s,/b", f'invalid argument "/a=1s,/b" for "--path-timeout" flag: "/b" {FORM}'),
+        ("/a=1s,", f'invalid argument "/a=1s," for "--path-timeout" flag: "" {FORM}'),
+        (
+            "/reports=5",
+            'invalid argument "/reports=5" for "--path-timeout" flag: '
+            f'time: missing unit in duration "5"; it {FORM}',
+        ),
+        ("/a=", 'invalid argument "/a=" for "--path-timeout" flag: '
+         f'time: invalid duration ""; it {FORM}'),
+        ('"/a', r'invalid argument "\"/a" for "--path-timeout" flag: parse error on line 1, '
+         'column 4: extraneous or missing " in quoted-field'),
+        ("/a=-1s", "path-timeout of /a must not be negative"),
+        ("/a?b=1s", "path-timeout '/a?b' must begin with a path without spaces, ? or #, such as "
+         "/reports=5m"),
+    ],
+)  # fmt: skip
+def test_path_timeouts_that_are_none(
+    proxy: ScriptedProxy, command: Command, value: str, message: str
+) -> None:
+    argv = ["deploy", "app", "--target=t1:80", "--path-timeout", value]
+    assert command(*argv) == (1, "", f"Error: {message}\n")
+    assert proxy.requests == []
+
+
 KAMAL_LINES = [
-    ("buffer-requests", 'app-web --target="172.1.0.2:80" --deploy-timeout="30s" '
+    ("", 'app-web --target="172.1.0.2:80" --deploy-timeout="30s" '
      '--drain-timeout="30s" --buffer-requests --buffer-responses '
      '--log-request-header="Cache-Control" --log-request-header="Last-Modified" '
      '--log-request-header="User-Agent"'),
     ("tls", 'app-web --target="172.1.0.2:80" --host="example.com" --host="anotherexample.com" '
      '--tls --deploy-timeout="30s" --drain-timeout="30s" --buffer-requests --buffer-responses'),
-    ("buffer-requests", 'app-web2 --target="123:80" --deploy-timeout="6s" --drain-timeout="30s" '
+    ("", 'app-web2 --target="123:80" --deploy-timeout="6s" --drain-timeout="30s" '
      '--target-timeout="15s" --buffer-requests --buffer-responses'),
     ("", 'custom-busybox --target="172.1.0.2:80" --host="busybox.example.com" '
      '--deploy-timeout="30s" --drain-timeout="30s" --buffer-requests="false" '
      '--buffer-responses="false"'),
-    ("error-pages", 'app_with_roles-web --target="1a2b3c4d5e6f:80" --host="localhost" '
+    ("", 'app_with_roles-web --target="1a2b3c4d5e6f:80" --host="localhost" '
      '--deploy-timeout="2s" --drain-timeout="2s" --health-check-interval="1s" '
      '--health-check-timeout="1s" --health-check-path="/up" --target-timeout="2s" '
      '--buffer-requests="false" --buffer-responses="false" --buffer-memory="400000" '

@@ -274,6 +274,37 @@ def test_the_command_word_is_found_as_cobra_does(argv: list[str], index: int | N
     assert arguments.find_word(argv) == index
 
 
+@pytest.mark.parametrize(
+    ("argv", "words", "rest"),
+    [
+        ([], "", []),
+        (["-x"], "", ["-x"]),
+        (["rm", "a"], "remove", ["a"]),
+        (["rollout"], "rollout", []),
+        (["rollout", "bogus", "set"], "rollout", ["bogus", "set"]),
+        (["rollout", "set", "set"], "rollout set", ["set"]),
+        (["rollout", "deploy", "deploy", "list"], "rollout deploy", ["deploy", "list"]),
+        (["--x=1", "rollout", "-yz", "set", "-a"], "rollout set", ["--x=1", "-yz", "-a"]),
+        (["rollout", "--x", "set", "stop"], "rollout stop", ["--x", "set"]),
+        (["rollout", "--x", "set"], "rollout", ["--x", "set"]),
+        (["rollout", "--", "set"], "rollout", ["--", "set"]),
+        (["stop", "rollout"], "stop", ["rollout"]),
+        (["", "rollout", "", "stop", ""], "rollout stop", ["", "", ""]),
+    ],
+)
+def test_commands_are_found_in_groups(argv: list[str], words: str, rest: list[str]) -> None:
+    command, left = commands.find_command(argv)
+    assert (command.words, left) == (words, rest)
+    assert command.path == f"kamal-proxy {words}".rstrip()
+
+
+def test_every_command_can_be_bound_and_described() -> None:
+    for command in commands.COMMANDS:
+        assert command.short_description
+        assert "help" in command.grammar.flags
+        assert bool(command.place) != bool(command.members)
+
+
 def test_a_grammar_is_read_from_the_signature() -> None:
     assert GRAMMAR.words == 1
     assert {name: flag.kind.word for name, flag in GRAMMAR.flags.items()} == {
@@ -287,8 +318,9 @@ def test_a_grammar_is_read_from_the_signature() -> None:
 TEXTS = st.one_of(
     st.binary(max_size=12).map(lambda data: data.decode("utf-8", "surrogateescape")),
     st.sampled_from(
-        ["deploy", "list", "rm", "help", "run", "--", "-h", "--tls", "--tls=", "--host", "--host=",
-         "--target=a,b", "--drain-timeout", "--deploy-timeout=1", "--health-check-port=0x"]
+        ["deploy", "list", "rm", "help", "run", "rollout", "set", "stop", "--", "-h",
+         "--tls", "--tls=", "--host", "--host=", "--target=a,b", "--drain-timeout",
+         "--deploy-timeout=1", "--health-check-port=0x", "--percent=1", "--list"]
     ),
     st.builds("--{}={}".format, st.sampled_from(["host", "message", "tls", "buffer-memory"]),
               st.text('",\n\r a0_x\udcff', max_size=8)),
@@ -311,14 +343,13 @@ def test_any_arguments_are_read_or_refused_with_a_sentence(argv: list[str]) -> N
 @pytest.mark.fuzz
 @given(st.lists(TEXTS, max_size=6))
 def test_any_command_line_names_a_command_or_is_refused(argv: list[str]) -> None:
-    index = arguments.find_word(argv)
-    if index is None:
-        return
     try:
-        command = commands.find_command(argv[index])
-        scan(command.grammar, [*argv[:index], *argv[index + 1 :]])
+        command, rest = commands.find_command(argv)
+        scan(command.grammar, rest)
     except KamalProxyError as error:
         assert str(error)  # noqa: PT017
+    else:
+        assert len(argv) - len(rest) == len(command.words.split())
 
 
 @pytest.mark.fuzz

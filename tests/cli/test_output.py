@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
+import json
 import sys
-import termios
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,7 +14,7 @@ from kamal_proxy.cli.output import Progress, table
 from kamal_proxy.control.messages import Event
 
 if TYPE_CHECKING:
-    from tests.cli.conftest import ScriptedProxy
+    from tests.cli.conftest import ScriptedProxy, Terminal
 
 Command = Callable[..., tuple[int, str, str]]
 HEADER = (
@@ -40,6 +39,8 @@ def test_list(proxy: ScriptedProxy, command: Command) -> None:
                     "hosts": ["a.example.com", "b.example.com"],
                     "path_prefixes": ["/api"],
                     "targets": ["foo"],
+                    "read_targets": ["ro:1"],
+                    "rollout_targets": ["new:1"],
                     "state": "paused",
                     "tls": True,
                 },
@@ -54,7 +55,7 @@ def test_list(proxy: ScriptedProxy, command: Command) -> None:
         "\033[3;94mPath\033[0m  \033[3;94mTarget\033[0m              \033[3;94mState\033[0m    "
         "\033[3;94mTLS\033[0m  \n"
         "\033[1;34msvcé\033[0m    \033[ma.example.com,b.example.com\033[0m  "
-        "\033[m/api\033[0m  \033[mfoo\033[0m                 \033[mpaused\033[0m   "
+        "\033[m/api\033[0m  \033[mfoo,ro:1\033[0m            \033[mpaused\033[0m   "
         "\033[myes\033[0m  \n"
         "\033[1;34mzz\033[0m       \033[m*\033[0m                            "
         "\033[m/\033[0m     \033[mlocalhost:81,foo:1\033[0m  \033[mrunning\033[0m  "
@@ -62,41 +63,34 @@ def test_list(proxy: ScriptedProxy, command: Command) -> None:
     )
 
 
+def test_list_as_json_has_every_field(proxy: ScriptedProxy, command: Command) -> None:
+    stopped = {"name": "b", "hosts": ["é"], "state": "stopped", "stop_message": "\u001b[2J"}
+    proxy.answer_json(200, {"services": [stopped, {"name": "a", "max_pause": 2}]})
+    code, out, err = command("list", "--json")
+    assert (code, err) == (0, "")
+    a, b = json.loads(out)
+    empty = {
+        "name": "a", "hosts": [], "path_prefixes": [], "targets": [], "read_targets": [],
+        "rollout_targets": [], "rollout_read_targets": [], "rollout_active": False,
+        "rollout_percentage": 0, "rollout_allowlist": [], "healthy": [], "state": "running",
+        "stop_message": "", "max_pause": 2.0, "tls": False, "in_flight": 0, "draining": 0,
+    }  # fmt: skip
+    assert a == empty
+    assert b == {**empty, **stopped, "max_pause": 0.0}
+    assert out.startswith('[\n  {\n    "name": "a",\n    "hosts": [],\n')
+    assert out.endswith("  }\n]\n")
+    assert "\033" not in out
+
+
+def test_list_of_nothing_as_json(proxy: ScriptedProxy, command: Command) -> None:
+    proxy.answer_json(200, {"services": []})
+    assert command("ls", "--json") == (0, "[]\n", "")
+
+
 def test_table_pads_every_column() -> None:
     assert table([("a", "bb"), ("ccc", "d")]) == (
         "\033[3;94ma\033[0m    \033[3;94mbb\033[0m  \n\033[1;34mccc\033[0m  \033[md\033[0m   \n"
     )
-
-
-class Terminal:
-    """A pseudo-terminal of 40 columns."""
-
-    def __init__(self) -> None:
-        self._master, slave = os.openpty()
-        termios.tcsetwinsize(slave, (24, 40))
-        self.stream: TextIO = open(slave, "w", encoding="utf-8")  # noqa: SIM115  closed in read
-
-    def read(self) -> str:
-        """Return all that was written; nothing can be written afterwards."""
-        # The mark tells where to stop: a closed pseudo-terminal may drop what was not yet read.
-        self.stream.write("\0")
-        self.stream.flush()
-        data = b""
-        while not data.endswith(b"\0"):
-            data += os.read(self._master, 4096)
-        self.stream.close()
-        return data[:-1].decode().replace("\r\n", "\n")
-
-    def close(self) -> None:
-        self.stream.close()
-        os.close(self._master)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    opened = Terminal()
-    yield opened
-    opened.close()
 
 
 EVENTS = [
@@ -112,10 +106,11 @@ EVENTS = [
     Event(event="done", elapsed=63.5, completed=1, cancelled=2),
 ]
 CLEAR = "\r\033[K"
+DRAINING = "on the old targets"
 
 
 def test_progress_on_a_terminal(terminal: Terminal) -> None:
-    with Progress(terminal.stream) as progress:
+    with Progress(terminal.stream, DRAINING) as progress:
         for event in EVENTS:
             progress.show(event)
     assert terminal.read() == (
@@ -132,7 +127,7 @@ def test_progress_on_a_terminal(terminal: Terminal) -> None:
 
 def test_progress_leaves_no_half_line_behind(terminal: Terminal) -> None:
     def fail() -> None:
-        with Progress(terminal.stream) as progress:
+        with Progress(terminal.stream, DRAINING) as progress:
             progress.show(EVENTS[0])
             raise ValueError("stopped")
 
@@ -145,7 +140,7 @@ def test_a_terminal_that_cannot_rewrite_gets_whole_lines(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    with Progress(terminal.stream) as progress:
+    with Progress(terminal.stream, DRAINING) as progress:
         for event in EVENTS:
             progress.show(event)
     shown = terminal.read()
@@ -155,7 +150,7 @@ def test_a_terminal_that_cannot_rewrite_gets_whole_lines(
 
 @pytest.mark.parametrize("stream", [io.StringIO(), None])
 def test_no_progress_without_a_terminal(stream: io.StringIO | None) -> None:
-    with Progress(stream) as progress:
+    with Progress(stream, DRAINING) as progress:
         for event in EVENTS:
             progress.show(event)
     assert stream is None or stream.getvalue() == ""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
+from kamal_proxy.cli.arguments import quote
+from kamal_proxy.cli.commands import find_command
 from kamal_proxy.errors import ListenError
 from kamal_proxy.options import RunOptions
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -53,6 +53,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
         ({"HTTP_PORT": "0010"}, [], {"http_port": 10}),
         ({"METRICS_PORT": "0"}, [], {}),
         ({}, ["--metrics-port=0", "--http3=false"], {}),
+        ({}, ["--metrics-port", "9090"], {"metrics_port": 9090}),
+        ({}, ["--debug", "--metrics-port", "9090"], {"metrics_port": 9090, "debug": True}),
+        # A flag is preferred to its variable, which then may hold anything.
+        ({"KAMAL_PROXY_HEAD_TIMEOUT": "nonsense"}, ["--head-timeout=5s"], {"head_timeout": 5.0}),
+        ({"KAMAL_PROXY_BIND": "192.0.2.1"}, ["--bind="], {"bind": ()}),
+        ({"KAMAL_PROXY_SPILL_DIRECTORY": "/x"}, ["--spill-directory="], {}),
+        ({"KAMAL_PROXY_SPILL_DIRECTORY": ""}, [], {}),
+        ({"KAMAL_PROXY_BIND": ""}, [], {}),
+        ({"KAMAL_PROXY_MAX_SPILL": "0"}, [], {"max_spill": 0}),
+        # The new ones have no name without the prefix.
+        ({"BIND": "192.0.2.1", "HEAD_TIMEOUT": "x", "MAX_HEADERS": "1"}, [], {}),
         # A value that is none means the default, even where the plain variable is right.
         ({"KAMAL_PROXY_HTTP_PORT": "", "HTTP_PORT": "81"}, [], {}),
         ({"HTTP_PORT": "0x50", "HTTPS_PORT": "1_0", "DEBUG": "yes", "METRICS_PORT": "1.5"}, [], {}),
@@ -81,13 +92,108 @@ def test_options(
     ]
 
 
+SETTINGS: list[tuple[str, str, str, Any]] = [
+    ("--bind", "192.0.2.1,2001:db8::1", "bind", ("192.0.2.1", "2001:db8::1")),
+    ("--trusted-proxy", "192.0.2.0/24,198.51.100.7", "trusted_proxies",
+     ("192.0.2.0/24", "198.51.100.7")),
+    ("--proxy-protocol-from", "2001:db8::/32", "proxy_protocol_from", ("2001:db8::/32",)),
+    ("--head-timeout", "1m", "head_timeout", 60.0),
+    ("--idle-timeout", "1h", "idle_timeout", 3600.0),
+    ("--stall-timeout", "500ms", "stall_timeout", 0.5),
+    ("--shutdown-timeout", "0", "shutdown_timeout", 0.0),
+    ("--max-head-size", "0x2000", "max_head_size", 8192),
+    ("--max-headers", "50", "max_headers", 50),
+    ("--max-connections", "1_000", "max_connections", 1000),
+    ("--max-spill", "5", "max_spill", 5),
+    ("--max-buffer-memory", "6", "max_buffer_memory", 6),
+    ("--spill-directory", "/var/spill", "spill_directory", Path("/var/spill")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("by_variable", [False, True], ids=["flag", "variable"])
+@pytest.mark.parametrize(("flag", "text", "field", "value"), SETTINGS)
+def test_settings(
+    served: list[RunOptions],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    text: str,
+    field: str,
+    value: object,
+    by_variable: bool,
+) -> None:
+    argv = [flag, text]
+    if by_variable:
+        monkeypatch.setenv(variable_of(flag), text)
+        argv = []
+    assert command("run", *argv) == (0, "", "")
+    assert getattr(served[0], field) == value
+
+
+def variable_of(flag: str) -> str:
+    return "KAMAL_PROXY_" + flag.removeprefix("--").upper().replace("-", "_")
+
+
+def test_the_table_of_settings_is_complete() -> None:
+    declared = {flag.title for flag in find_command(["run"])[0].grammar.flags.values()}
+    of_the_original = {"--debug", "--http-port", "--https-port", "--metrics-port", "--http3"}
+    assert declared == {flag for flag, *_ in SETTINGS} | of_the_original | {"-h, --help"}
+
+
+def test_repeatable_settings_add_up(served: list[RunOptions], command: Command) -> None:
+    assert command("run", "--bind=192.0.2.1", "--bind", "::1,::2") == (0, "", "")
+    assert served[0].bind == ("192.0.2.1", "::1", "::2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--bind", "a.example",
+         "bind 'a.example' is not an IP address (such as 192.0.2.1 or 2001:db8::1)"),
+        ("--bind", '"', 'parse error on line 1, column 2: extraneous or missing " in '
+         "quoted-field"),
+        ("--trusted-proxy", "192.0.2.0/24,x", "trusted-proxy 'x' is not a network (such as "
+         "192.0.2.0/24 or 2001:db8::/32)"),
+        ("--proxy-protocol-from", "x", "proxy-protocol-from 'x' is not a network (such as "
+         "192.0.2.0/24 or 2001:db8::/32)"),
+        ("--head-timeout", "30", 'time: missing unit in duration "30"'),
+        ("--head-timeout", "", 'time: invalid duration ""'),
+        ("--idle-timeout", "0s", "idle-timeout must be more than zero"),
+        ("--shutdown-timeout", "-1s", "shutdown-timeout must not be negative"),
+        ("--max-headers", "many", 'strconv.ParseInt: parsing "many": invalid syntax'),
+        ("--max-head-size", "1", "max-head-size must be at least 1024 bytes"),
+        ("--max-spill", "-1", "max-spill must not be negative"),
+    ],
+)  # fmt: skip
+def test_a_bad_variable_is_named(
+    served: list[RunOptions],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    value: str,
+    reason: str,
+) -> None:
+    variable = variable_of(flag)
+    monkeypatch.setenv(variable, value)
+    assert command("run") == (
+        1, "", f"Error: invalid value {quote(value)} for {variable}: {reason}\n"
+    )  # fmt: skip
+    assert served == []
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--http-port=-1"], "http-port -1 must be from 0 to 65535"),
         (["--https-port=65536"], "https-port 65536 must be from 0 to 65535"),
-        (["--metrics-port", "9090"],
-         "--metrics-port is not supported yet by this version of kamal-proxy"),
+        (["--bind=example.com"],
+         "bind 'example.com' is not an IP address (such as 192.0.2.1 or 2001:db8::1)"),
+        (["--trusted-proxy=10.0.0.0/8,10.1.1.1/8"],
+         "trusted-proxy '10.1.1.1/8' is not a network (such as 192.0.2.0/24 or 2001:db8::/32); "
+         "clear the bits after the prefix"),
+        (["--max-connections=0"], "max-connections must be more than zero"),
+        (["--head-timeout=30"], 'invalid argument "30" for "--head-timeout" flag: '
+         'time: missing unit in duration "30"'),
         (["--http3"], "--http3 is not supported yet by this version of kamal-proxy"),
         (["--http-port=1"], "listen tcp :1: bind: permission denied"),
         (["--udp-port=1"], "unknown flag: --udp-port"),

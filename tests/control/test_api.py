@@ -4,97 +4,36 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import attrs
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from kamal_proxy import DeployOptions, Event, Proxy, RunOptions, ServiceDescription, open_proxy
+from kamal_proxy import Event, Proxy, RunOptions, open_proxy
 from kamal_proxy import __version__ as version
-from kamal_proxy.control.api import MAX_BODY, MAX_HEAD, REQUEST_TIMEOUT, ControlServer
+from kamal_proxy.control.api import MAX_BODY, MAX_HEAD, REQUEST_TIMEOUT
 from kamal_proxy.control.messages import to_json
-from kamal_proxy.listeners import accept, listen_unix
-from kamal_proxy.logs import Log
-from kamal_proxy.sockets import Poller
+from tests.control.calling import (
+    Api,
+    Caller,
+    Document,
+    Progress,
+    ScriptedServices,
+    document,
+    error_in,
+    events_in,
+    open_scripted,
+    request,
+)
 from tests.running import Embedded, Lines, open_embedded
-from tests.scripted import Client, ConnectionCut, Held, Response, Upstream, open_client
+from tests.scripted import ConnectionCut, Held, Upstream, open_client
 
-Document = dict[str, Any]
-
-
-def request(method: str, path: str, body: object = None, headers: str = "") -> bytes:
-    """Render a call; a ``bytes`` body is sent as it is."""
-    data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}"
-    if body is not None:
-        head += f"Content-Length: {len(data)}\r\n"
-    return head.encode() + b"\r\n" + data
-
-
-class Caller(Client):
-    """A client of the API on one connection."""
-
-    async def call(self, method: str, path: str, body: object = None) -> Response:
-        return await self.request(request(method, path, body))
-
-    async def begin_stream(self) -> None:
-        """Read the head of a stream of events."""
-        head = await self.receive_until(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
-        assert b"content-type: application/x-ndjson\r\n" in head.lower()
-        assert b"transfer-encoding: chunked\r\n" in head.lower()
-
-    async def next_event(self) -> Document | None:
-        """Return the next event, or None at the end of the stream."""
-        size = int((await self.receive_until(b"\r\n")).strip(), 16)
-        data = await self.receive_exactly(size)
-        assert await self.receive_exactly(2) == b"\r\n"
-        if not size:
-            return None
-        assert data.endswith(b"\n"), "an event comes whole"
-        event: Document = json.loads(data)
-        return event
-
-    async def find_event(self, name: str) -> Document:
-        """Return the next event of that name."""
-        while (event := await self.next_event()) is not None:
-            if event["event"] == name:
-                return event
-        raise AssertionError(f"the stream ended before {name!r}")
-
-
-@attrs.frozen
-class Api:
-    """A served admin API, reached at its path."""
-
-    path: Path
-
-    @asynccontextmanager
-    async def caller(self) -> AsyncIterator[Caller]:
-        sock = trio.socket.socket(trio.socket.AF_UNIX)
-        with sock:
-            await sock.connect(str(self.path))
-            yield Caller(sock)
-
-    async def call(self, method: str, path: str, body: object = None) -> Response:
-        async with self.caller() as caller:
-            return await caller.call(method, path, body)
-
-    async def services(self) -> list[Document]:
-        response = await self.call("GET", "/v1/services")
-        assert response.status == 200
-        services: list[Document] = json.loads(response.body)["services"]
-        return services
-
-    async def deploy(self, options: DeployOptions) -> list[Document]:
-        """Deploy and return the events."""
-        response = await self.call("PUT", f"/v1/services/{options.service}", document(options))
-        return events_in(response)
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
 
 @attrs.frozen
@@ -102,25 +41,6 @@ class ProxyApi(Api):
     """The admin API of an embedded proxy."""
 
     embedded: Embedded
-
-
-def document(options: DeployOptions) -> Document:
-    """Return the body of a deploy."""
-    body: Document = to_json(options)
-    del body["service"]
-    return body
-
-
-def events_in(response: Response) -> list[Document]:
-    assert response.status == 200, response.body
-    return [json.loads(line) for line in response.body.splitlines()]
-
-
-def error_in(response: Response) -> Document:
-    assert response.get(b"content-type") == [b"application/json"]
-    error: Document = json.loads(response.body)["error"]
-    assert set(error) == {"code", "message", "details"}
-    return error
 
 
 @pytest.fixture
@@ -315,9 +235,14 @@ async def test_a_body_may_be_chunked(api: ProxyApi, upstream: Upstream) -> None:
             "--tls is not supported yet by this version of kamal-proxy",
         ),
         (
-            {"targets": ["aa:1"], "read_targets": ["bb:1"]},
-            "not_supported_yet",
-            "--read-target is not supported yet by this version of kamal-proxy",
+            {"targets": ["aa:1"], "read_targets": ["b"]},
+            "invalid_options",
+            "b :invalid host pattern",
+        ),
+        (
+            {"targets": ["aa:1"], "target_options": {"path_timeouts": [{"path": "/a"}]}},
+            "invalid_options",
+            "missing field target_options.path_timeouts[0].timeout",
         ),
     ],
 )
@@ -360,6 +285,9 @@ async def test_values_that_no_peer_can_be_sent(api: ProxyApi, body: bytes) -> No
         ("GET", "/v2", None, 404, "bad_request"),
         ("GET", "/v1/", None, 404, "bad_request"),
         ("PUT", "/v1/services/", b"{}", 404, "bad_request"),
+        ("PUT", "/v1/services/web/", b"{}", 404, "bad_request"),
+        ("GET", "/v1services", None, 404, "bad_request"),
+        ("GET", "//v1", None, 404, "bad_request"),
         ("DELETE", "/v1/services/web", None, 404, "service_not_found"),
         ("DELETE", "/v1/services/a%2Fb", None, 404, "service_not_found"),
         ("PUT", "/v1/services/a%2Fb", {"targets": ["aa:1"]}, 422, "invalid_options"),
@@ -667,66 +595,20 @@ async def test_a_deploy_fails_when_the_proxy_stops(api: ProxyApi, upstream: Upst
 # --- the server alone, before services that do as they are told ----------------------------------
 
 
-@attrs.define(eq=False)
-class Script:
-    """Services whose deploys do what a test says."""
-
-    play: Callable[[Callable[[Event], None]], object]
-    finished: trio.Event = attrs.field(factory=trio.Event)
-
-    def describe(self) -> list[ServiceDescription]:
-        return []
-
-    async def deploy(self, options: DeployOptions, progress: Callable[[Event], None]) -> object:
-        await trio.lowlevel.checkpoint()
-        try:
-            return self.play(progress)
-        finally:
-            self.finished.set()
-
-    async def remove(self, name: str) -> None:
-        raise AssertionError("nothing is there")
-
-
-@asynccontextmanager
-async def open_scripted(path: Path, services: Script, lines: Lines) -> AsyncIterator[Api]:
-    """Serve the API before scripted services."""
-    poller = Poller()
-    with listen_unix(path) as listener:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(poller.run)
-            server = ControlServer(services, nursery, Log(lines.add))
-
-            async def serve() -> None:
-                await accept(
-                    listener,
-                    poller,
-                    server.handle,
-                    nursery=nursery,
-                    limiter=trio.Semaphore(10),
-                    on_error=lambda error: None,
-                )
-
-            nursery.start_soon(serve)
-            yield Api(path)
-            nursery.cancel_scope.cancel()
-    poller.close()
-
-
 async def test_a_client_that_does_not_read_holds_up_nothing_and_still_learns_the_end(
     directory: Path,
 ) -> None:
     probes = 20_000
 
-    def play(progress: Callable[[Event], None]) -> None:
+    async def play(progress: Progress) -> None:
         for number in range(probes):
             progress(Event(event="probe", elapsed=float(number), result="x" * 200))
         progress(Event(event="done", completed=7))
 
-    services = Script(play)
+    services = ScriptedServices(play)
     async with open_scripted(directory / "s", services, Lines()) as api, api.caller() as caller:
         await caller.send(request("PUT", "/v1/services/web", {"targets": ["aa:1"]}))
-        await services.finished.wait()
+        await services.wait_ended(1)
         await wait_all_tasks_blocked()
         await caller.begin_stream()
         events = []
@@ -744,12 +626,12 @@ async def test_a_client_that_does_not_read_holds_up_nothing_and_still_learns_the
 async def test_a_client_that_never_reads_is_given_up(
     autojump_clock: MockClock, directory: Path
 ) -> None:
-    def play(progress: Callable[[Event], None]) -> None:
+    async def play(progress: Progress) -> None:
         for _ in range(900):
             progress(Event(event="probe", result="x" * 10_000))
         progress(Event(event="done"))
 
-    services = Script(play)
+    services = ScriptedServices(play)
     async with open_scripted(directory / "s", services, Lines()) as api, api.caller() as caller:
         await caller.send(request("PUT", "/v1/services/web", {"targets": ["aa:1"]}))
         await trio.sleep(2 * REQUEST_TIMEOUT)
@@ -759,12 +641,12 @@ async def test_a_client_that_never_reads_is_given_up(
 
 
 async def test_a_bug_in_a_deploy_costs_one_call(directory: Path) -> None:
-    def play(progress: Callable[[Event], None]) -> None:
+    async def play(progress: Progress) -> None:
         progress(Event(event="probe", result="status 200", ok=True))
         raise LookupError("a bug")
 
     lines = Lines()
-    async with open_scripted(directory / "s", Script(play), lines) as api:
+    async with open_scripted(directory / "s", ScriptedServices(play), lines) as api:
         response = await api.call("PUT", "/v1/services/web", {"targets": ["aa:1"]})
 
         assert events_in(response)[-1]["event"] == "failed"

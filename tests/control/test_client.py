@@ -17,12 +17,22 @@ from kamal_proxy.control.messages import Event, ServiceDescription
 from kamal_proxy.errors import (
     ControlSocketError,
     DeployFailedError,
+    ErrorPagesError,
     HostConflictError,
     KamalProxyError,
     NotSupportedYetError,
+    ResumedError,
+    RolloutNotSetError,
     ServiceNotFoundError,
 )
-from kamal_proxy.options import DeployOptions, ServiceOptions
+from kamal_proxy.options import (
+    DeployOptions,
+    PauseOptions,
+    RolloutOptions,
+    RolloutSplit,
+    ServiceOptions,
+    StopOptions,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,9 +124,121 @@ def test_remove(path: Path, answering: Start) -> None:
     assert requests[0].startswith(b"DELETE /v1/services/a%20b%2F%FF%25 HTTP/1.1\r\n")
 
 
-def test_no_service_has_an_empty_name(path: Path) -> None:
+LONG: list[tuple[Callable[[ControlClient, str], object], str, str, dict[str, Any]]] = [
+    (lambda client, name: client.pause(name, PauseOptions(max_pause=5.0), seen),
+     "POST", "/pause", {"max_pause": 5.0}),
+    (lambda client, name: client.stop(name, StopOptions(message="é"), seen),
+     "POST", "/stop", {"message": "é"}),
+    (lambda client, name: client.deploy_rollout(name, RolloutOptions(targets=("t1:80",)), seen),
+     "PUT", "/rollout", {"targets": ["t1:80"]}),
+]  # fmt: skip
+SHORT: list[tuple[Callable[[ControlClient, str], object], str, str, dict[str, Any] | None]] = [
+    (lambda client, name: client.remove(name), "DELETE", "", None),
+    (lambda client, name: client.resume(name), "POST", "/resume", None),
+    (lambda client, name: client.set_rollout(name, RolloutSplit(percentage=3, allowlist=("a",))),
+     "PUT", "/rollout/split", {"percentage": 3, "allowlist": ["a"]}),
+    (lambda client, name: client.stop_rollout(name), "DELETE", "/rollout/split", None),
+]  # fmt: skip
+NAMES = ["pause", "stop", "deploy_rollout", "remove", "resume", "set_rollout", "stop_rollout"]
+
+
+@pytest.mark.parametrize(("call", "method", "ending", "body"), LONG, ids=NAMES[:3])
+def test_what_takes_long(
+    path: Path,
+    answering: Start,
+    call: Callable[[ControlClient, str], object],
+    method: str,
+    ending: str,
+    body: dict[str, Any],
+) -> None:
+    draining = {"event": "draining", "in_flight": 2}
+    requests = answering(STREAM, chunk(draining), chunk({"event": "done", "cancelled": 2}))
+    assert call(ControlClient(path), "a/é") == Event(event="done", cancelled=2)
+    head, _, sent = requests[0].partition(b"\r\n\r\n")
+    assert head.startswith(f"{method} /v1/services/a%2F%C3%A9{ending} HTTP/1.1\r\n".encode())
+    assert json.loads(sent) == body
+
+
+@pytest.mark.parametrize(("call", "method", "ending", "body"), SHORT, ids=NAMES[3:])
+def test_what_is_short(
+    path: Path,
+    answering: Start,
+    call: Callable[[ControlClient, str], object],
+    method: str,
+    ending: str,
+    body: dict[str, Any] | None,
+) -> None:
+    requests = answering(b"HTTP/1.1 204 No Content\r\n\r\n")
+    call(ControlClient(path), "a b")
+    head, _, sent = requests[0].partition(b"\r\n\r\n")
+    assert head.startswith(f"{method} /v1/services/a%20b{ending} HTTP/1.1\r\n".encode())
+    assert (json.loads(sent) if sent else None) == body
+
+
+@pytest.mark.parametrize("call", [row[0] for row in (*LONG, *SHORT)], ids=NAMES)
+def test_no_service_has_an_empty_name(
+    path: Path, call: Callable[[ControlClient, str], object]
+) -> None:
     with pytest.raises(ServiceNotFoundError, match=r"^service not found$"):
-        ControlClient(path).remove("")
+        call(ControlClient(path, start_wait=0), "")
+
+
+@pytest.mark.parametrize("call", [row[0] for row in (*LONG, *SHORT)], ids=NAMES)
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("service_not_found", ServiceNotFoundError),
+        ("rollout_not_set", RolloutNotSetError),
+        ("resumed", ResumedError),
+        ("error_pages", ErrorPagesError),
+    ],
+)
+def test_every_refusal_is_the_servers_error(
+    path: Path,
+    answering: Start,
+    call: Callable[[ControlClient, str], object],
+    code: str,
+    kind: type[KamalProxyError],
+) -> None:
+    answering(reply("409 Conflict", {"error": {"code": code, "message": "no", "details": []}}))
+    with pytest.raises(KamalProxyError, match=r"^no$") as caught:
+        call(ControlClient(path), "a")
+    assert type(caught.value) is kind
+
+
+def test_a_pause_that_was_ended_meanwhile(path: Path, answering: Start) -> None:
+    failed = {"event": "failed", "code": "resumed", "message": "resumed"}
+    answering(STREAM, chunk({"event": "draining"}), chunk(failed), b"0\r\n\r\n")
+    events: list[Event] = []
+    with pytest.raises(ResumedError, match=r"^resumed$"):
+        ControlClient(path).pause("a", PauseOptions(), events.append)
+    assert events == [Event(event="draining")]
+
+
+@pytest.mark.parametrize("call", [row[0] for row in SHORT], ids=NAMES[3:])
+def test_a_short_call_is_not_waited_for_without_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[ControlClient, str], object]
+) -> None:
+    monkeypatch.setattr(client, "REPLY_TIMEOUT", 0.01)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(ControlSocketError, match=r"^the proxy did not answer within"):
+            call(ControlClient(path), "a")
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [(LONG[0][0], "pause"), (LONG[1][0], "stop"), (LONG[2][0], "deploy")],
+    ids=NAMES[:3],
+)
+def test_a_stream_that_breaks_is_named(
+    path: Path, answering: Start, call: Callable[[ControlClient, str], object], what: str
+) -> None:
+    answering(STREAM, chunk({"event": "draining"}), b"0\r\n\r\n")
+    with pytest.raises(ControlSocketError) as caught:
+        call(ControlClient(path), "a")
+    assert str(caught.value) == ENDED + f"the {what} was complete; it may have stopped"
 
 
 def test_deploy(path: Path, answering: Start) -> None:

@@ -16,7 +16,12 @@ from kamal_proxy.options import (
     DeploymentOptions,
     DeployOptions,
     HealthCheckOptions,
+    PathTimeout,
+    PauseOptions,
+    RolloutOptions,
+    RolloutSplit,
     ServiceOptions,
+    StopOptions,
     TargetOptions,
 )
 
@@ -24,6 +29,9 @@ NAMES = st.text("abc-é", min_size=1, max_size=5)
 LISTS = st.lists(NAMES, max_size=3).map(tuple)
 SECONDS = st.floats(0, 1e6)
 
+DEPLOYMENTS = st.builds(
+    DeploymentOptions, deploy_timeout=SECONDS, drain_timeout=SECONDS, force=st.booleans()
+)
 DEPLOYS = st.builds(
     DeployOptions,
     service=NAMES,
@@ -41,11 +49,19 @@ DEPLOYS = st.builds(
         forward_headers=st.none() | st.booleans(),
         max_request_body_size=st.integers(0, 2**63 - 1),
         log_request_headers=LISTS,
+        path_timeouts=st.lists(
+            st.builds(PathTimeout, path=NAMES, timeout=SECONDS), max_size=3
+        ).map(tuple),
+        websocket_idle_timeout=SECONDS,
     ),
-    deployment_options=st.builds(
-        DeploymentOptions, deploy_timeout=SECONDS, drain_timeout=SECONDS, force=st.booleans()
-    ),
+    deployment_options=DEPLOYMENTS,
 )  # fmt: skip
+CHANGES = st.one_of(
+    st.builds(PauseOptions, drain_timeout=SECONDS, max_pause=SECONDS),
+    st.builds(StopOptions, drain_timeout=SECONDS, message=NAMES),
+    st.builds(RolloutOptions, targets=LISTS, read_targets=LISTS, deployment_options=DEPLOYMENTS),
+    st.builds(RolloutSplit, percentage=st.integers(0, 100), allowlist=LISTS),
+)
 
 
 @pytest.mark.fuzz
@@ -55,13 +71,25 @@ def test_deploys_survive_the_way(options: DeployOptions) -> None:
 
 
 @pytest.mark.fuzz
+@given(CHANGES)
+def test_other_changes_survive_the_way(
+    options: PauseOptions | StopOptions | RolloutOptions | RolloutSplit,
+) -> None:
+    assert from_json(type(options), json.loads(json.dumps(to_json(options)))) == options
+
+
+@pytest.mark.fuzz
 @given(st.builds(Event, event=NAMES, elapsed=SECONDS, ok=st.booleans(), details=LISTS))
 def test_events_survive_the_way(event: Event) -> None:
     assert from_json(Event, json.loads(json.dumps(to_json(event)))) == event
 
 
 @pytest.mark.fuzz
-@given(st.builds(ServiceDescription, name=NAMES, hosts=LISTS, tls=st.booleans()))
+@given(st.builds(
+    ServiceDescription, name=NAMES, hosts=LISTS, tls=st.booleans(), read_targets=LISTS,
+    rollout_active=st.booleans(), rollout_percentage=st.integers(0, 100), rollout_allowlist=LISTS,
+    stop_message=NAMES, max_pause=SECONDS,
+))  # fmt: skip
 def test_descriptions_survive_the_way(description: ServiceDescription) -> None:
     again = from_json(ServiceDescription, json.loads(json.dumps(to_json(description))))
     assert again == description

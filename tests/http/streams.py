@@ -15,8 +15,10 @@ import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.deployment import Deployment
+from kamal_proxy.http.bodies import Spill
 from kamal_proxy.http.server import HttpServer
 from kamal_proxy.http.upstream import UpstreamPool
+from kamal_proxy.metrics import Metrics
 from kamal_proxy.options import HealthCheckOptions, RunOptions, ServiceOptions, TargetOptions
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Service
@@ -88,6 +90,7 @@ class World:
     nursery: trio.Nursery
     lines: Lines
     targets: list[trio.SocketStream]
+    routes: RoutingTable
     clients: list[trio.SocketStream] = attrs.field(factory=list)
 
     async def serve(self, stream: SocketStream) -> None:
@@ -107,6 +110,21 @@ class World:
         stream, client = self.pair()
         self.nursery.start_soon(self.serve, stream)
         return client
+
+    def change(self, **changes: Any) -> None:
+        """Replace the service by another one, and let those look again who wait for that."""
+        before = self.routes.get("app")
+        assert before is not None
+        service = attrs.evolve(before, released=trio.Event(), **changes)
+        self.routes = RoutingTable({"app": service})
+        before.released.set()
+
+    def remove(self) -> None:
+        """Remove the service, and tell those who wait for it."""
+        before = self.routes.get("app")
+        assert before is not None
+        self.routes = RoutingTable()
+        before.released.set()
 
     @property
     def logged(self) -> list[dict[str, Any]]:
@@ -166,12 +184,15 @@ async def open_world(
                 pause=pause or SavedPause(),
             )
             routes = RoutingTable({"app": service})
-            server = HttpServer(RunOptions(**options), lambda: routes, lines.log(), 80)
+            run_options = RunOptions(**options)
+            spill = Spill(directory, run_options.max_spill, run_options.max_buffer_memory)
+            metrics = Metrics()
+            server = HttpServer(run_options, lambda: world.routes, lines.log(), metrics, spill, 80)
             async with trio.open_nursery() as nursery:
                 await nursery.start(deployment.run)
                 listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
                 nursery.start_soon(trio.serve_listeners, serve_target, [listener])
-                world = World(poller, server, deployment, nursery, lines, accepted)
+                world = World(poller, server, deployment, nursery, lines, accepted, routes)
                 try:
                     yield world
                 finally:
@@ -179,5 +200,6 @@ async def open_world(
                         client.socket.close()
                 nursery.cancel_scope.cancel()
             assert server.connections == 0
+            assert (spill.memory, spill.spilled) == (0, 0)
             assert deployment.in_flight == 0
             assert deployment.targets[0].in_flight == 0

@@ -220,7 +220,7 @@ def test_an_old_client_gets_neither_interim_responses_nor_chunks() -> None:
     peer.receive_data(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
     hints = peer.next_response()
     assert hints is not None
-    assert codec.informational(hints) == b""
+    assert codec.informational(hints.status, hints.reason, []) == b""
     written = codec.response(200, b"OK", []) + codec.body(b"x") + codec.end([(b"A", b"b")])
     assert written.partition(b"\r\n\r\n")[2] == b"x"
     assert b"transfer-encoding" not in written.lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -12,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.http import pages
-from kamal_proxy.http.exchange import GONE_GRACE
+from kamal_proxy.http.downstream import GONE_GRACE
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause
 from tests.deploying import run_with_every_cancellation
@@ -589,7 +590,7 @@ async def test_shutdown_closes_idle_connections(world: Opener, autojump_clock: M
         await read_head(used)
         await wait_all_tasks_blocked()
         start = trio.current_time()
-        here.server.close_idle()
+        here.server.close_idle(math.inf)
         await here.server.wait_closed()
         assert trio.current_time() == start
         for client in (fresh, used):
@@ -600,7 +601,7 @@ async def test_shutdown_closes_idle_connections(world: Opener, autojump_clock: M
 
 async def test_shutdown_without_connections(world: Opener, autojump_clock: MockClock) -> None:
     async with world() as here:
-        here.server.close_idle()
+        here.server.close_idle(math.inf)
         await here.server.wait_closed()
         late = here.connect()
         assert await read_all(late) == b""
@@ -617,7 +618,7 @@ async def test_shutdown_lets_a_request_finish(world: Opener, autojump_clock: Moc
         client = here.connect()
         await client.send_all(GET)
         await wait_all_tasks_blocked()
-        here.server.close_idle()
+        here.server.close_idle(math.inf)
         response = await read_all(client)
         assert response.endswith(b"hello")
         assert b"connection: close\r\n" in response.lower()
@@ -634,7 +635,7 @@ async def test_shutdown_aborts_what_does_not_finish(
         await waiting.send_all(GET)
         await halfway.send_all(GET[:-2])
         await wait_all_tasks_blocked()
-        here.server.close_idle()
+        here.server.close_idle(math.inf)
         await wait_all_tasks_blocked()
         assert here.server.connections == 2
         here.server.abort()

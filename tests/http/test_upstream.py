@@ -83,8 +83,8 @@ async def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 async def test_the_last_one_back_goes_out_first(place: Place, autojump_clock: MockClock) -> None:
     first, second = await place.used(), await place.used()
     was_reused = first.reused
-    place.pool.release(first)
-    place.pool.release(second)
+    first.release()
+    second.release()
     assert place.pool.take_idle(MAX_IDLE_AGE) is second
     assert place.pool.take_idle(MAX_IDLE_AGE) is first
     assert place.pool.take_idle(MAX_IDLE_AGE) is None
@@ -96,7 +96,7 @@ async def test_the_last_one_back_goes_out_first(place: Place, autojump_clock: Mo
 async def test_the_pool_is_bounded(place: Place, autojump_clock: MockClock) -> None:
     made = [await place.used() for _ in range(MAX_IDLE + 3)]
     for connection in made:
-        place.pool.release(connection)
+        connection.release()
     assert len(place.poller) == MAX_IDLE
     assert repr(place.pool) == f"<UpstreamPool web:3000 idle={MAX_IDLE}>"
     last = place.pool.take_idle(MAX_IDLE_AGE)
@@ -106,12 +106,12 @@ async def test_the_pool_is_bounded(place: Place, autojump_clock: MockClock) -> N
 
 async def test_old_ones_are_closed(place: Place, autojump_clock: MockClock) -> None:
     old, young = await place.used(), await place.used()
-    place.pool.release(old)
+    old.release()
     await trio.sleep(MAX_IDLE_AGE - 1)
-    place.pool.release(young)
+    young.release()
     assert len(place.poller) == 2
     await trio.sleep(2)
-    place.pool.release(await place.used())
+    (await place.used()).release()
     assert len(place.poller) == 2, "the old one is gone"
     await trio.sleep(MAX_IDLE_AGE + 1)
     assert place.pool.take_idle(MAX_IDLE_AGE) is None
@@ -121,13 +121,13 @@ async def test_old_ones_are_closed(place: Place, autojump_clock: MockClock) -> N
 async def test_a_request_that_must_not_be_repeated_wants_a_fresh_one(
     place: Place, autojump_clock: MockClock
 ) -> None:
-    place.pool.release(await place.used())
+    (await place.used()).release()
     await trio.sleep(FRESH_AGE + 0.1)
     assert place.pool.take_idle(FRESH_AGE) is None
     kept = place.pool.take_idle(MAX_IDLE_AGE)
     assert kept is not None, "it is still good for others"
     exchange(kept)
-    place.pool.release(kept)
+    kept.release()
     assert place.pool.take_idle(FRESH_AGE) is kept
     kept.stream.close()
 
@@ -138,11 +138,11 @@ async def test_dead_ones_are_skipped(
 ) -> None:
     alive = await place.used()
     near, far = socket.socketpair()
-    dead = UpstreamConnection(place.poller.open_stream(near), alive.codec)
+    dead = UpstreamConnection(place.poller.open_stream(near), alive.codec, place.pool)
     dead.codec = type(alive.codec)(4096)
     exchange(dead)
-    place.pool.release(alive)
-    place.pool.release(dead)
+    alive.release()
+    dead.release()
     with far:
         if unasked:
             far.send(unasked)
@@ -158,7 +158,7 @@ async def test_one_in_the_middle_of_an_exchange_is_not_kept(
 ) -> None:
     connection = await place.pool.connect()
     connection.codec.request(b"GET", b"/", [(b"Host", b"web")])
-    place.pool.release(connection)
+    connection.release()
     assert place.pool.take_idle(MAX_IDLE_AGE) is None
     assert len(place.poller) == 0
 
@@ -179,7 +179,7 @@ async def test_one_that_has_not_sent_all_it_framed_is_not_kept(
     assert codec.next_body() is None
     assert codec.received
 
-    place.pool.release(connection)
+    connection.release()
 
     assert place.pool.take_idle(MAX_IDLE_AGE) is None
     assert len(place.poller) == 0
@@ -187,10 +187,10 @@ async def test_one_that_has_not_sent_all_it_framed_is_not_kept(
 
 async def test_a_closed_pool_keeps_nothing(place: Place, autojump_clock: MockClock) -> None:
     idle, busy = await place.used(), await place.used()
-    place.pool.release(idle)
+    idle.release()
     place.pool.close()
     assert len(place.poller) == 1
-    place.pool.release(busy)
+    busy.release()
     assert len(place.poller) == 0
 
 

@@ -1,0 +1,72 @@
+"""``kamal-proxy pause``, ``stop`` and ``resume``: takes a service's visitors off its targets."""
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from kamal_proxy.cli.arguments import Duration, Text
+from kamal_proxy.cli.output import Progress
+from kamal_proxy.options import PauseOptions, StopOptions
+
+_PAUSE = PauseOptions()
+_STOP = StopOptions()
+
+
+def pause(
+    service: str,
+    /,
+    *,
+    drain_timeout: Annotated[
+        Duration, Parameter(help="How long requests in flight may take to finish")
+    ] = _PAUSE.drain_timeout,
+    max_pause: Annotated[
+        Duration,
+        Parameter(help="How long a request waits for the end of the pause before it fails"),
+    ] = _PAUSE.max_pause,
+) -> None:
+    """Pause a service: new requests wait until it is resumed.
+
+    Returns when the requests in flight have finished. Requests for the service's health-check path
+    are still answered, with 200. Neither a deploy nor a restart of the proxy ends a pause.
+    """
+    options = PauseOptions(drain_timeout=drain_timeout, max_pause=max_pause)
+    options.validate()
+    from kamal_proxy.control.client import ControlClient
+
+    with Progress(sys.stderr, draining="in flight") as progress:
+        ControlClient().pause(service, options, progress.show)
+
+
+def stop(
+    service: str,
+    /,
+    *,
+    drain_timeout: Annotated[
+        Duration, Parameter(help="How long requests in flight may take to finish")
+    ] = _STOP.drain_timeout,
+    message: Annotated[
+        Text, Parameter(help="What the error page tells visitors meanwhile")
+    ] = _STOP.message,
+) -> None:
+    """Stop a service: new requests get an error page (503) until it is resumed.
+
+    Returns when the requests in flight have finished. Requests for the service's health-check path
+    are still answered, with 200. Neither a deploy nor a restart of the proxy starts it again.
+    """
+    options = StopOptions(drain_timeout=drain_timeout, message=message)
+    options.validate()
+    from kamal_proxy.control.client import ControlClient
+
+    with Progress(sys.stderr, draining="in flight") as progress:
+        ControlClient().stop(service, options, progress.show)
+
+
+def resume(service: str, /) -> None:
+    """Resume a service that was paused or stopped.
+
+    Requests that wait for the end of a pause go on.
+    """
+    from kamal_proxy.control.client import ControlClient
+
+    ControlClient().resume(service)

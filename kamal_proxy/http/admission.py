@@ -1,0 +1,212 @@
+"""Whether a request gets to a target, and when: its service, redirects, pauses, buffering.
+
+Ends with the service of a routing table that is still the current one: nothing waits between the
+last look at the table and the return. Chooses no target and speaks to none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+import trio
+
+from kamal_proxy.http.headers import Destination, upgrade_of
+from kamal_proxy.http.reasons import ClientGone, Reason, Refusal
+from kamal_proxy.http.relay import BODY_ERRORS, body_refusal
+
+if TYPE_CHECKING:
+    from kamal_proxy.http.bodies import Body
+    from kamal_proxy.http.codec import RequestHead
+    from kamal_proxy.http.connection import ClientConnection
+    from kamal_proxy.http.downstream import Downstream
+    from kamal_proxy.service import Service
+
+_PROBING = frozenset({b"GET", b"HEAD"})
+
+
+class Admission:
+    """The way of one request to its service.
+
+    Raises ProtocolError if where it wants to go can't be understood.
+
+    Attributes:
+        destination: Where the request wants to go.
+        upgrade: The protocol that it wants to switch to, if any.
+        service: The service that it belongs to, once that is known.
+        prefix: What was removed from the beginning of its path, if anything.
+        path: The request target that the service's target sees.
+        body: Its body, if that was read whole.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_counted",
+        "_downstream",
+        "_head",
+        "_server",
+        "body",
+        "destination",
+        "path",
+        "prefix",
+        "service",
+        "upgrade",
+    )
+
+    def __init__(
+        self, connection: ClientConnection, downstream: Downstream, head: RequestHead
+    ) -> None:
+        self._connection = connection
+        self._downstream = downstream
+        self._head = head
+        self._server = connection.server
+        self._counted = ""  # name of the service among whose requests in flight it is
+        self.destination = Destination(head)
+        self.upgrade = upgrade_of(head)
+        self.service: Service | None = None
+        self.prefix = b""
+        self.path = self.destination.raw
+        self.body: Body | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the request belongs into the metrics."""
+        return bool(self._counted) or self.service is None
+
+    def close(self) -> None:
+        """Free what it holds; called at the end of the exchange."""
+        if self.body is not None:
+            self.body.close()
+        if self._counted:
+            self._server.metrics.leave(self._counted)
+
+    async def admit(self) -> Service | None:
+        """Wait until the request may go to a target of its service; return that service.
+
+        Returns:
+            The service, of the routing table of this moment; None if the request was answered.
+
+        Raises:
+            Refusal: no service takes it, or it can't be buffered.
+            ClientGone: the client closed or broke its connection meanwhile.
+            ProtocolError: the client broke the framing of its body.
+        """
+        pause_began = math.inf
+        while True:
+            service = self._find()
+            if location := self._redirect(service):
+                headers = [(b"Location", location)]
+                await self._downstream.answer(301, b"", headers, close=True)
+                return None
+            if service.pause.state != "running":
+                if self._is_health_check(service):
+                    await self._downstream.answer(200, b"", [])
+                    return None
+                if service.pause.state == "stopped":
+                    raise Refusal(Reason.STOPPED, service.pause.stop_message)
+                pause_began = min(pause_began, trio.current_time())
+                await self._wait_released(service, pause_began)
+            elif self._must_buffer(service):
+                # It may take a while, and the table may be another one then.
+                await self._buffer(service)
+            else:
+                return service
+
+    def _find(self) -> Service:
+        """Look the service up in the routing table of this moment, and belong to it."""
+        destination = self.destination
+        found = self._server.routes().find(destination.name, destination.route)
+        if found is None:
+            self.service = None
+            raise Refusal(Reason.NO_SERVICE)
+        service, prefix = found
+        self.service = service
+        self.prefix, self.path = b"", destination.raw
+        if service.options.strip_prefix and prefix != b"/":
+            self.prefix, self.path = prefix, destination.without_prefix(prefix)
+        if self._counted != service.name:
+            self._count(service)
+        return service
+
+    def _count(self, service: Service) -> None:
+        """Count as one of its requests in flight, unless it wants this path left out."""
+        if self._counted:
+            self._server.metrics.leave(self._counted)
+            self._counted = ""
+        excluded = service.options.exclude_metrics_paths
+        if not excluded or self._decoded_path() not in excluded:
+            self._counted = service.name
+            self._server.metrics.enter(service.name)
+
+    def _decoded_path(self) -> str:
+        return unquote_to_bytes(self.path.partition(b"?")[0]).decode("utf-8", "surrogateescape")
+
+    def _redirect(self, service: Service) -> bytes:
+        """Return where the request has to go instead: in one hop, to HTTPS and to the host."""
+        options = service.options
+        scheme, host = self._server.scheme, self.destination.host_without_port
+        canonical = options.canonical_host
+        name = canonical.lower().strip("[]").removesuffix(".")
+        moves = bool(canonical) and name != self.destination.name
+        if moves:
+            host = f"[{name}]".encode() if ":" in name else canonical.encode()
+        if options.tls_enabled and options.tls_redirect and scheme == "http":
+            scheme, moves = "https", True
+        return scheme.encode() + b"://" + host + self.destination.raw if moves else b""
+
+    def _is_health_check(self, service: Service) -> bool:
+        wanted = b"/" + service.target_options.health_check.path.encode().removeprefix(b"/")
+        return self._head.method in _PROBING and self.path.partition(b"?")[0] == wanted
+
+    async def _wait_released(self, service: Service, since: float) -> None:
+        """Wait for the end of a pause, but no longer than it may be waited for."""
+        self._connection.move_deadline(math.inf, Reason.IDLE)
+        gone = False
+
+        async def watch_client(scope: trio.CancelScope) -> None:
+            nonlocal gone
+            await self._downstream.wait_gone()
+            gone = True
+            scope.cancel(reason="the client is gone")
+
+        with trio.move_on_at(since + service.pause.fail_after):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch_client, nursery.cancel_scope)
+                await service.released.wait()
+                nursery.cancel_scope.cancel(reason="released")
+        if gone:
+            raise ClientGone
+        if not service.released.is_set():
+            self._server.log.warning(
+                "Rejecting request due to expired pause",
+                service=service.name,
+                path=self.destination.path,
+            )
+            raise Refusal(Reason.PAUSE_EXPIRED)
+
+    def _must_buffer(self, service: Service) -> bool:
+        return (
+            service.target_options.buffer_requests
+            and self._head.length != 0
+            and self.body is None
+            and not self.upgrade
+        )
+
+    async def _buffer(self, service: Service) -> None:
+        """Read the request's body whole, before any target is asked."""
+        options, downstream = service.target_options, self._downstream
+        limit = options.max_request_body_size
+        if limit and self._head.length > limit:
+            raise Refusal(Reason.REQUEST_TOO_LARGE)
+        body = self.body = self._server.spill.open(options.max_memory_buffer_size, limit)
+        try:
+            await body.write(downstream.take_body_nowait())
+            if not downstream.received:
+                await downstream.ask_for_body()
+            while not downstream.received:
+                await downstream.receive_body()
+                await body.write(downstream.take_body())
+            await body.finish()
+        except BODY_ERRORS as error:
+            raise body_refusal(self._server.log, error, Reason.REQUEST_TOO_LARGE) from error

@@ -1,0 +1,238 @@
+"""The client's side of one exchange: the body of its request, and what it is sent.
+
+Knows the client connection's codec, stream and deadline, and nothing of services or targets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy.http import pages
+from kamal_proxy.http.reasons import ClientGone, Reason
+from kamal_proxy.sockets import READ_SIZE
+
+if TYPE_CHECKING:
+    from kamal_proxy.http.codec import HeaderPairs, RequestHead
+    from kamal_proxy.http.connection import ClientConnection
+    from kamal_proxy.sockets import SocketStream
+
+# A client that closes its sending side usually went away, but it may still be reading (RFC 9112
+# 9.6 leaves that open); an answer that comes within this many seconds is still sent.
+GONE_GRACE = 1.0
+
+
+class Downstream:
+    """The client during one request.
+
+    Attributes:
+        awaits_continue: Whether the client rightly waits for 100 Continue; it owes no body yet.
+        status: Status of the response, once it has begun.
+        response: Its header fields, once they were sent.
+        sent: Bytes of response body.
+    """
+
+    __slots__ = (
+        "_codec",
+        "_connection",
+        "_gone",
+        "_head",
+        "_server",
+        "_stream",
+        "awaits_continue",
+        "response",
+        "sent",
+        "status",
+    )
+
+    def __init__(self, connection: ClientConnection, head: RequestHead) -> None:
+        self._connection = connection
+        self._stream = connection.stream
+        self._codec = connection.codec
+        self._server = connection.server
+        self._head = head
+        self._gone = False
+        self.awaits_continue = head.get(b"expect").lower() == b"100-continue"
+        self.status = 0
+        self.response: HeaderPairs | None = None
+        self.sent = 0
+
+    # The request's body
+
+    @property
+    def received(self) -> bool:
+        """Whether the request has arrived whole."""
+        return self._codec.received
+
+    @property
+    def trailers(self) -> HeaderPairs:
+        """The request's trailers, once it has arrived whole."""
+        return self._codec.trailers
+
+    def take_body(self) -> bytes:
+        """Return what was read of the body and not taken yet.
+
+        Raises:
+            ProtocolError: the client broke the framing.
+        """
+        data = self._codec.take_body()
+        if data or self._codec.received:
+            self.awaits_continue = False
+        return data
+
+    def take_body_nowait(self) -> bytes:
+        """Like :meth:`take_body`, with what has arrived but was not read."""
+        body = self.take_body()
+        if not self._codec.received:
+            data = self._stream.receive_nowait()
+            if data == b"":
+                raise ClientGone
+            if data is not None:
+                self._codec.receive_data(data)
+                body += self.take_body()
+        return body
+
+    async def receive_body(self) -> None:
+        """Read more of the body, giving up when the client sends nothing for too long.
+
+        Raises:
+            ClientGone: the client closed, or the response has begun and it sent nothing more.
+            ProtocolError: the client broke the framing.
+        """
+        patience = self._server.options.stall_timeout
+        try:
+            if self.response is not None:
+                # The connection's deadline belongs to the response now.
+                data = b""
+                with trio.move_on_after(patience):
+                    data = await self._stream.receive(READ_SIZE)
+            else:
+                if not self.awaits_continue:
+                    self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
+                data = await self._stream.receive(READ_SIZE)
+        except trio.BrokenResourceError as error:
+            raise ClientGone from error
+        if not data:
+            raise ClientGone
+        self._codec.receive_data(data)
+        # Tiny chunks cost far more than their bytes: let the others have their turn.
+        await trio.lowlevel.checkpoint()
+
+    async def ask_for_body(self) -> None:
+        """Send 100 Continue to a client that waits for it (RFC 9110 10.1.1)."""
+        if self.awaits_continue:
+            self.awaits_continue = False
+            await self.send(self._codec.informational(100, b"Continue", []))
+
+    # The response
+
+    async def inform(self, status: int, reason: bytes, headers: HeaderPairs) -> None:
+        """Send a 1xx response."""
+        await self.send(self._codec.informational(status, reason, headers))
+        if status == 100 and self.awaits_continue:
+            self.awaits_continue = False
+            patience = self._server.options.stall_timeout
+            self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
+
+    async def switch(self, reason: bytes, headers: HeaderPairs) -> bytes:
+        """Send a 101 response; return what the client has sent of the other protocol."""
+        data = self._codec.informational(101, reason, headers)
+        self._begun(101, headers)
+        await self.send(data)
+        return self._codec.switched()
+
+    def begin(self, status: int, reason: bytes, headers: HeaderPairs) -> bytes:
+        """Frame the head of the final response, which is to be sent.
+
+        Raises:
+            ProtocolError: it can't be written.
+        """
+        data = self._codec.response(status, reason, headers)
+        self._begun(status, headers)
+        return data
+
+    def _begun(self, status: int, headers: HeaderPairs) -> None:
+        self.status = status
+        self.response = headers
+        self._connection.move_deadline(math.inf, Reason.IDLE)
+
+    def body(self, data: bytes) -> bytes:
+        """Frame a part of the response's body."""
+        self.sent += len(data)
+        return self._codec.body(data)
+
+    def end(self, trailers: HeaderPairs | None = None) -> bytes:
+        """Frame the end of the response."""
+        return self._codec.end(trailers)
+
+    async def send(self, data: bytes) -> None:
+        """Send to the client, giving up when it takes nothing for too long.
+
+        Raises:
+            ClientGone: the client closed or broke the connection.
+        """
+        try:
+            rest = memoryview(data)[self._stream.send_nowait(data) :]
+            if rest:
+                connection = self._connection
+                deadline, reason = connection.scope.deadline, connection.reason
+                stall = self._server.options.stall_timeout
+                while rest:
+                    # Anew each time: a client that takes a little at a time has not stalled.
+                    connection.move_deadline(stall, Reason.CLIENT_STALLED)
+                    await self._stream.wait_writable()
+                    rest = rest[self._stream.send_nowait(rest) :]
+                connection.scope.deadline, connection.reason = deadline, reason
+        except trio.BrokenResourceError as error:
+            raise ClientGone from error
+
+    async def answer(
+        self, status: int, body: bytes, headers: HeaderPairs, *, close: bool = False
+    ) -> bool:
+        """Send a whole response; return whether the connection can be used again.
+
+        Args:
+            status: Its status.
+            body: Its body.
+            headers: Header fields besides Date, Content-Length and Connection.
+            close: Whether the connection must end with it.
+        """
+        if not self._head.length and not self._codec.received:
+            self._codec.next_body()  # a request without a body ends here
+        if close or not self._codec.received or self._server.closing or self._connection.ending:
+            headers = [*headers, (b"Connection", b"close")]
+        headers = [
+            (b"Date", self._server.date()),
+            *headers,
+            (b"Content-Length", b"%d" % len(body)),
+        ]
+        data = self.begin(status, pages.reason(status).encode(), headers)
+        if self._head.method != b"HEAD" and body:
+            data += self.body(body)
+        await self.send(data + self.end())
+        return self._codec.received
+
+    # The client's leaving
+
+    async def receive_from(self, upstream: SocketStream, *, watching: bool) -> bytes:
+        """Read from a target; a client that goes away meanwhile shortens the wait.
+
+        Args:
+            upstream: The target's stream.
+            watching: Whether to watch the client; not while somebody reads from it, who notices.
+        """
+        if not self._gone:
+            watch = self._stream if watching else None
+            data = await upstream.receive_watching(watch, READ_SIZE)
+            if data is not None:
+                return data
+            self._connection.move_deadline(GONE_GRACE, Reason.CLIENT_GONE)
+            self._gone = True
+        return await upstream.receive(READ_SIZE)
+
+    async def wait_gone(self) -> None:
+        """Wait until the client has closed its side, and has had its grace."""
+        await self._stream.wait_hung_up()
+        await trio.sleep(GONE_GRACE)

@@ -1,0 +1,378 @@
+"""One request on one upstream connection: sent, answered, both bodies relayed.
+
+Runs in the client connection's task, under that connection's one cancel scope, whose deadline moves
+with each wait and carries the reason that its passing would have. Only a request whose body is
+still being sent when the target may already answer gets a second task.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy.http.bodies import (
+    Body,
+    BodyTooLargeError,
+    SpillFailedError,
+    SpillFullError,
+)
+from kamal_proxy.http.codec import HeaderPairs, ProtocolError, ResponseHead
+from kamal_proxy.http.headers import is_streamed
+from kamal_proxy.http.reasons import (
+    ClientGone,
+    Reason,
+    Refusal,
+    StaleConnection,
+    TargetFailed,
+)
+from kamal_proxy.sockets import READ_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kamal_proxy.http.connection import ClientConnection
+    from kamal_proxy.http.downstream import Downstream
+    from kamal_proxy.http.upstream import UpstreamConnection
+    from kamal_proxy.logs import Log
+    from kamal_proxy.options import TargetOptions
+
+_MAX_INFORMATIONAL = 100  # 1xx responses before the final one
+
+BODY_ERRORS = (BodyTooLargeError, SpillFullError, SpillFailedError)
+
+
+class Relay:
+    """One attempt to have a request answered.
+
+    Args:
+        connection: The client's.
+        downstream: The client's side of the exchange.
+        upstream: The connection to the target.
+        options: How requests travel to the service's targets.
+        response_timeout: Seconds that the target has for the head of its response.
+        adapt: Makes the header fields that the client gets.
+        spare: Told that the target has done its part, when a buffered response has still to be
+            sent.
+        upgrade: The protocol that the request wants to switch to, if any.
+    """
+
+    __slots__ = (
+        "_adapt",
+        "_answered",
+        "_connection",
+        "_downstream",
+        "_options",
+        "_receiving",
+        "_response_timeout",
+        "_spare",
+        "_upgrade",
+        "_upload_failure",
+        "_uploading",
+        "_upstream",
+    )
+
+    def __init__(
+        self,
+        connection: ClientConnection,
+        downstream: Downstream,
+        upstream: UpstreamConnection,
+        options: TargetOptions,
+        response_timeout: float,
+        adapt: Callable[[ResponseHead], HeaderPairs],
+        spare: Callable[[], None],
+        upgrade: bytes,
+    ) -> None:
+        self._connection = connection
+        self._downstream = downstream
+        self._upstream = upstream
+        self._options = options
+        self._response_timeout = response_timeout
+        self._adapt = adapt
+        self._spare = spare
+        self._upgrade = upgrade
+        self._answered = False  # the head of the final response is here
+        self._receiving = False  # the rest of the request from the client
+        self._uploading = False
+        self._upload_failure: Refusal | ClientGone | None = None
+
+    async def run(self, request: bytes, body: Body | None) -> ResponseHead | None:
+        """Send the request and relay the response.
+
+        Args:
+            request: Its head, framed.
+            body: Its body, if that was read whole; otherwise it is relayed as it comes.
+
+        Returns:
+            The head of a 101 response, after which the caller has to go on; otherwise None.
+
+        Raises:
+            StaleConnection: a connection used before was closed before it answered anything.
+            TargetFailed: the target broke the connection or the protocol.
+            Refusal: a limit was passed, or the client broke the framing of its body.
+            ClientGone: the client closed or broke its connection.
+        """
+        if body is None:
+            # What has arrived of the body travels along; most requests are whole now.
+            request += self._framed(self._downstream.take_body_nowait())
+            complete = self._downstream.received
+        else:
+            # More than the target's kernel takes at once must not keep its answer waiting.
+            whole = body.whole_nowait() if body.size <= READ_SIZE else None
+            complete = whole is not None
+            if whole is not None:
+                request += self._framed(whole)
+        broken = False
+        try:
+            await self._upstream.send(request)
+        except trio.BrokenResourceError:
+            broken = True  # but it may have answered before it closed
+        if complete or broken:
+            return await self._download()
+        return await self._relay_both_ways(body)
+
+    # The request
+
+    def _framed(self, data: bytes, *, last: bool = True) -> bytes:
+        """Frame a part of the body for the target; the end too, if all has been received."""
+        codec = self._upstream.codec
+        framed = codec.body(data) if data else b""
+        if last and self._downstream.received:
+            framed += codec.end(self._downstream.trailers)
+        return framed
+
+    async def _relay_both_ways(self, body: Body | None) -> ResponseHead | None:
+        """Send the rest of the request body while the response may already be coming."""
+        head: ResponseHead | None = None
+        failure: Exception | None = None
+        self._receiving = body is None
+        self._uploading = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._upload, body, nursery.cancel_scope)
+            try:
+                head = await self._download()
+            except (TargetFailed, StaleConnection, ClientGone, Refusal, ProtocolError) as error:
+                # A nursery would wrap it in a group.
+                failure = error
+            nursery.cancel_scope.cancel(reason="the response is complete")
+        self._uploading = False
+        if self._upload_failure is not None:
+            raise self._upload_failure
+        if failure is not None:
+            raise failure
+        return head
+
+    async def _upload(self, body: Body | None, scope: trio.CancelScope) -> None:
+        try:
+            if body is None:
+                await self._upload_arriving()
+            else:
+                await self._upload_buffered(body)
+            if self._downstream.response is None:
+                self._await_target()
+            self._receiving = self._uploading = False
+            self._upstream.stream.watch_from_now(self._connection.stream)
+            return
+        except ProtocolError as error:
+            self._upload_failure = Refusal(Reason.BAD_REQUEST, status=error.status)
+        except SpillFailedError as error:
+            self._upload_failure = self._refusal(error, Reason.SPILL_FAILED)
+        except ClientGone as error:
+            self._upload_failure = error
+        scope.cancel(reason="the request can't be completed")
+
+    async def _upload_arriving(self) -> None:
+        downstream = self._downstream
+        while True:
+            framed = self._framed(downstream.take_body())
+            if framed and not await self._send_part(framed):
+                return
+            if downstream.received:
+                return
+            await downstream.receive_body()
+
+    async def _upload_buffered(self, body: Body) -> None:
+        async for part in body.parts():
+            if not await self._send_part(self._framed(part, last=False)):
+                return
+        await self._send_part(self._framed(b""))
+
+    async def _send_part(self, framed: bytes) -> bool:
+        """Send to the target; return whether it still listens."""
+        if self._downstream.response is None:
+            self._await_target()
+        try:
+            # Nothing may wait between framing and this: see UpstreamConnection.send.
+            await self._upstream.send(framed)
+        except trio.BrokenResourceError:
+            return False  # its response may still come
+        return True
+
+    def _await_target(self) -> None:
+        if self._answered:
+            # The timeout is for the head; a buffered body may take its time as any other.
+            self._connection.move_deadline(math.inf, Reason.IDLE)
+        else:
+            self._connection.move_deadline(self._response_timeout, Reason.TARGET_TIMEOUT)
+
+    # The response
+
+    async def _download(self) -> ResponseHead | None:
+        """Relay the response, or return the head of one that switches protocols."""
+        head = await self._response_head()
+        if head.status == 101:
+            return head
+        headers = self._adapt(head)
+        if self._connection.server.closing:
+            headers = [*headers, (b"Connection", b"close")]
+        codec = self._upstream.codec
+        first = b""
+        if self._options.buffer_responses and not is_streamed(head):
+            first = self._taken_body()
+            limit = self._options.max_response_body_size
+            if limit and len(first) > limit:
+                raise Refusal(Reason.RESPONSE_TOO_LARGE)
+            if not codec.received:
+                await self._relay_buffered(head, headers, first)
+                return None
+        downstream = self._downstream
+        parts = [self._begin(head, headers)]
+        if first:
+            parts.append(downstream.body(first))
+        try:
+            while True:
+                if data := codec.take_body():
+                    parts.append(downstream.body(data))
+                if codec.received:
+                    break
+                if parts:
+                    await downstream.send(b"".join(parts))
+                    parts.clear()
+                await self._receive_body()
+        except (ProtocolError, trio.BrokenResourceError) as error:
+            if isinstance(error, ProtocolError) and error.body:
+                parts.append(downstream.body(error.body))
+            if parts:
+                await downstream.send(b"".join(parts))  # what did come is the client's
+            raise TargetFailed(f"response cut short: {error}") from error
+        parts.append(downstream.end(codec.trailers))
+        await downstream.send(b"".join(parts))
+        return None
+
+    def _begin(self, head: ResponseHead, headers: HeaderPairs) -> bytes:
+        try:
+            return self._downstream.begin(head.status, head.reason, headers)
+        except ProtocolError as error:
+            raise TargetFailed(f"malformed response: {error}") from error
+
+    async def _receive_body(self) -> None:
+        codec = self._upstream.codec
+        codec.receive_data(await self._receive())
+        if codec.is_costly:
+            await trio.lowlevel.checkpoint()
+
+    async def _receive(self) -> bytes:
+        return await self._downstream.receive_from(
+            self._upstream.stream, watching=not self._receiving
+        )
+
+    def _taken_body(self) -> bytes:
+        try:
+            return self._upstream.codec.take_body()
+        except ProtocolError as error:
+            raise TargetFailed(f"response cut short: {error}") from error
+
+    async def _relay_buffered(self, head: ResponseHead, headers: HeaderPairs, first: bytes) -> None:
+        """Read the response whole, let the target go, then send it to the client."""
+        options = self._options
+        limit = options.max_response_body_size
+        if limit and head.length > limit:
+            raise Refusal(Reason.RESPONSE_TOO_LARGE)
+        self._answered = True
+        if not self._receiving:
+            self._await_target()
+        body = self._connection.server.spill.open(options.max_memory_buffer_size, limit)
+        codec = self._upstream.codec
+        try:
+            try:
+                await body.write(first)
+                while not codec.received:
+                    await self._receive_body()
+                    await body.write(codec.take_body())
+                await body.finish()
+            except (ProtocolError, trio.BrokenResourceError) as error:
+                raise TargetFailed(f"response cut short: {error}") from error
+            except BODY_ERRORS as error:
+                raise self._refusal(error, Reason.RESPONSE_TOO_LARGE) from error
+            if not self._uploading:
+                self._spare()
+            await self._send_buffered(self._begin(head, headers), body)
+        finally:
+            body.close()
+
+    async def _send_buffered(self, begin: bytes, body: Body) -> None:
+        downstream = self._downstream
+        await downstream.send(begin)
+        try:
+            async for part in body.parts():
+                await downstream.send(downstream.body(part))
+        except SpillFailedError as error:
+            raise self._refusal(error, Reason.SPILL_FAILED) from error
+        await downstream.send(downstream.end())
+
+    async def _response_head(self) -> ResponseHead:
+        """Wait for the final response or a switch of protocols, passing on 1xx responses."""
+        codec = self._upstream.codec
+        silent = True
+        informational = 0
+        try:
+            while True:
+                head = codec.next_response()
+                if head is None:
+                    data = await self._receive()
+                    silent = silent and not data
+                    codec.receive_data(data)
+                elif head.status >= 200:
+                    return head
+                elif head.status == 101:
+                    self._check_switch(head)
+                    return head
+                elif (informational := informational + 1) > _MAX_INFORMATIONAL:
+                    raise TargetFailed(f"more than {_MAX_INFORMATIONAL} 1xx responses")
+                else:
+                    pairs = [(raw, value) for _, raw, value in head.headers]
+                    await self._downstream.inform(head.status, head.reason, pairs)
+        except (ProtocolError, trio.BrokenResourceError) as error:
+            if silent and self._upstream.reused:
+                raise StaleConnection(str(error)) from error
+            raise TargetFailed(str(error)) from error
+
+    def _check_switch(self, head: ResponseHead) -> None:
+        switched = head.get(b"upgrade")
+        offered = [offer.strip().lower() for offer in self._upgrade.split(b",")]
+        if not switched or switched.lower() not in offered:
+            raise TargetFailed(
+                f"switched to {switched.decode('latin-1')!r}, "
+                f"asked for was {self._upgrade.decode('latin-1')!r}"
+            )
+        if self._uploading:
+            raise TargetFailed("switched protocols before the request was complete")
+
+    def _refusal(self, error: Exception, too_large: Reason) -> Refusal:
+        return body_refusal(self._connection.server.log, error, too_large)
+
+
+def body_refusal(log: Log, error: Exception, too_large: Reason) -> Refusal:
+    """Return the answer to a body that can't be kept; what is not the peers' fault is logged.
+
+    Args:
+        log: Where.
+        error: One of ``BODY_ERRORS``.
+        too_large: The reason if it was the service's own limit.
+    """
+    if isinstance(error, BodyTooLargeError):
+        return Refusal(too_large)
+    log.error("Body can't be buffered", error=str(error))
+    full = isinstance(error, SpillFullError)
+    return Refusal(Reason.SPILL_FULL if full else Reason.SPILL_FAILED)

@@ -1,0 +1,85 @@
+"""Making a service of what was saved of it. Whatever is missing by now must not stop the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from kamal_proxy.errors import ErrorPagesError
+from kamal_proxy.options import HealthCheckOptions, unsupported_flags
+from kamal_proxy.service import Pages, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kamal_proxy.deployment import Deployment
+    from kamal_proxy.logs import Log
+    from kamal_proxy.state import SavedService
+
+
+class NewDeployment(Protocol):
+    """Makes a deployment of a service."""
+
+    def __call__(
+        self,
+        name: str,
+        targets: tuple[str, ...],
+        readers: tuple[str, ...],
+        health_check: HealthCheckOptions,
+        *,
+        trusted: bool = False,
+    ) -> Deployment:
+        """Make one; ``trusted`` targets count as healthy at once."""
+
+
+def restored(
+    saved: SavedService,
+    new_deployment: NewDeployment,
+    load_pages: Callable[[str], Pages],
+    log: Log,
+) -> Service:
+    """Return the service; its deployments have still to be run.
+
+    Args:
+        saved: What was saved.
+        new_deployment: Makes its deployments.
+        load_pages: Reads its error pages from a directory; without them it gets the built-in ones.
+        log: Where is said what it has to do without.
+    """
+
+    def deployment(targets: tuple[str, ...], readers: tuple[str, ...]) -> Deployment:
+        health_check = saved.target_options.health_check
+        return new_deployment(saved.name, targets, readers, health_check, trusted=True)
+
+    for flag in unsupported_flags(saved.service_options):
+        log.warning(
+            f"Service is served without --{flag}: not supported yet by this version",
+            service=saved.name,
+        )
+    has_rollout = bool(saved.rollout_targets or saved.rollout_readers)
+    return Service(
+        name=saved.name,
+        options=saved.service_options,
+        target_options=saved.target_options,
+        active=deployment(saved.active_targets, saved.active_readers),
+        rollout=deployment(saved.rollout_targets, saved.rollout_readers) if has_rollout else None,
+        split=saved.rollout,
+        pause=saved.pause,
+        pages=_pages(saved, load_pages, log),
+        extra=saved.extra,
+    )
+
+
+def _pages(saved: SavedService, load_pages: Callable[[str], Pages], log: Log) -> Pages | None:
+    if not saved.service_options.error_page_path:
+        return None
+    try:
+        return load_pages(saved.service_options.error_page_path)
+    except ErrorPagesError as error:
+        # The application matters more than how its errors look.
+        log.error(
+            "Service is served with the built-in error pages",
+            service=saved.name,
+            error=str(error),
+            details=error.details,
+        )
+        return None
