@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from kamal_proxy.http.endpoint import MAX_HEAD
 from kamal_proxy.listeners import accept, listen_tcp
 from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.metrics_server import (
     IDLE_TIMEOUT,
     MAX_BODY,
-    MAX_HEAD,
     REQUEST_TIMEOUT,
     MetricsServer,
 )

@@ -58,7 +58,7 @@ def _description_lines(command: Command) -> Iterator[str]:
     for paragraph in command.description.partition("\n")[2].strip().split("\n\n"):
         if paragraph:
             yield ""
-            yield from textwrap.wrap(" ".join(paragraph.split()), _width())
+            yield from textwrap.wrap(" ".join(paragraph.split()), _width(), break_on_hyphens=False)
     yield ""
 
 
@@ -88,7 +88,8 @@ def _flag_lines(flags: Iterable[Flag]) -> Iterator[str]:
     ]
     column = max(map(len, heads)) + 3
     for head, flag in zip(heads, ordered, strict=True):
-        lines = textwrap.wrap(_flag_text(flag), max(_MIN_TEXT, _width() - column))
+        width = max(_MIN_TEXT, _width() - column)
+        lines = textwrap.wrap(_flag_text(flag), width, break_on_hyphens=False)
         yield head.ljust(column) + lines[0]
         yield from (" " * column + line for line in lines[1:])
 

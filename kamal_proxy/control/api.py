@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import unquote
@@ -27,14 +26,8 @@ from kamal_proxy.control.messages import (
     to_json,
 )
 from kamal_proxy.errors import InvalidOptionsError, KamalProxyError, ShuttingDownError
-from kamal_proxy.http import pages
-from kamal_proxy.http.codec import (
-    HeaderPairs,
-    ProtocolError,
-    RequestHead,
-    ServerCodec,
-    whole_response,
-)
+from kamal_proxy.http.codec import HeaderPairs, ProtocolError
+from kamal_proxy.http.endpoint import Endpoint, Request
 from kamal_proxy.options import (
     DeployOptions,
     PauseOptions,
@@ -42,7 +35,6 @@ from kamal_proxy.options import (
     RolloutSplit,
     StopOptions,
 )
-from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -51,7 +43,6 @@ if TYPE_CHECKING:
     from kamal_proxy.logs import Log
     from kamal_proxy.sockets import SocketStream
 
-MAX_HEAD = 16 * 1024
 MAX_BODY = 1024 * 1024
 REQUEST_TIMEOUT = 30.0  # seconds for a whole request to arrive, and for each part of an answer
 _MAX_EVENTS = 1000  # kept for a client that reads slowly; it misses what is over
@@ -138,9 +129,9 @@ class ControlServer:
 
     async def handle(self, stream: SocketStream, _: Address) -> None:
         """Serve one connection; never raises."""
-        codec = ServerCodec(MAX_HEAD)
+        endpoint = Endpoint(stream, max_body=MAX_BODY, patience=REQUEST_TIMEOUT)
         try:
-            while await _Call(self._services, self._operations, self._log, stream, codec).serve():
+            while await _Call(self._services, self._operations, self._log, endpoint).serve():
                 pass
         except (trio.BrokenResourceError, trio.TooSlowError):
             return  # the client is gone
@@ -156,79 +147,37 @@ class _Call:
         services: Controlled,
         operations: trio.Nursery,
         log: Log,
-        stream: SocketStream,
-        codec: ServerCodec,
+        endpoint: Endpoint,
     ) -> None:
         self._services = services
         self._operations = operations
         self._log = log
-        self._stream = stream
-        self._codec = codec
-        self._method = ""
+        self._endpoint = endpoint
 
     async def serve(self) -> bool:
         """Answer one request; return whether the connection can be used for another."""
         try:
-            head = await self._head()
-            if head is None:
-                return False
-            with trio.fail_after(REQUEST_TIMEOUT):
-                body = await self._body(head)
+            request = await self._endpoint.receive()
         except ProtocolError as error:
             await self._reject(error)
             return False
-        except _BadRequest as error:
-            await self._fail(error)
-            await drop(self._stream)
+        if request is None:
             return False
         try:
-            await self._dispatch(head, body)
+            await self._dispatch(request)
         except KamalProxyError as error:
             await self._fail(error)
-        return self._codec.next_cycle()
+        return self._endpoint.next_cycle()
 
-    async def _head(self) -> RequestHead | None:
-        deadline = math.inf
-        while (head := self._codec.next_request()) is None:
-            if self._codec.has_partial_head and deadline == math.inf:
-                deadline = trio.current_time() + REQUEST_TIMEOUT
-            with trio.fail_at(deadline):
-                data = await self._stream.receive()
-            if not data:
-                return None
-            self._codec.receive_head_data(data)
-        self._method = head.method.decode("ascii")
-        return head
-
-    async def _body(self, head: RequestHead) -> bytes:
-        body = b""
-        while not self._codec.received:
-            if len(body) > MAX_BODY or head.length > MAX_BODY:
-                raise _BadRequest(
-                    413,
-                    f"a request body can have at most {MAX_BODY} bytes",
-                    [(b"Connection", b"close")],
-                )
-            part = self._codec.next_body()
-            if part is not None:
-                body += part
-            elif not self._codec.received:
-                data = await self._stream.receive()
-                if not data:
-                    raise trio.BrokenResourceError("the client left in the middle of a request")
-                self._codec.receive_data(data)
-        return body
-
-    async def _dispatch(self, head: RequestHead, body: bytes) -> None:
-        path = head.target.decode("ascii").partition("?")[0]
-        methods, name = _find_resource(path)
-        if self._method not in methods:
+    async def _dispatch(self, request: Request) -> None:
+        methods, name = _find_resource(request.path)
+        if request.method not in methods:
             raise _BadRequest(
                 405,
-                f"{self._method} is not possible here; use {' or '.join(methods)}",
+                f"{request.method} is not possible here; use {' or '.join(methods)}",
                 [(b"Allow", ", ".join(methods).encode())],
             )
-        await methods[self._method](self, name, body)
+        await methods[request.method](self, name, request.body)
 
     async def version(self, _name: str, _body: bytes) -> None:
         await self._answer(200, {"version": __version__, "api": 1})
@@ -249,7 +198,7 @@ class _Call:
 
     async def remove(self, name: str, _body: bytes) -> None:
         await self._services.remove(name)
-        await self._send_response(204, [], b"")
+        await self._endpoint.respond(204, [], b"")
 
     async def pause(self, name: str, body: bytes) -> None:
         options = from_json(PauseOptions, _parse(body))
@@ -263,7 +212,7 @@ class _Call:
 
     async def resume(self, name: str, _body: bytes) -> None:
         await self._services.resume(name)
-        await self._send_response(204, [], b"")
+        await self._endpoint.respond(204, [], b"")
 
     async def deploy_rollout(self, name: str, body: bytes) -> None:
         options = from_json(RolloutOptions, _parse(body))
@@ -275,11 +224,11 @@ class _Call:
         split = from_json(RolloutSplit, _parse(body))
         split.validate()
         await self._services.set_rollout(name, split)
-        await self._send_response(204, [], b"")
+        await self._endpoint.respond(204, [], b"")
 
     async def stop_rollout(self, name: str, _body: bytes) -> None:
         await self._services.stop_rollout(name)
-        await self._send_response(204, [], b"")
+        await self._endpoint.respond(204, [], b"")
 
     async def _operate(self, what: str, name: str, operation: _Operation) -> None:
         """Start what takes long and report its events until it ends.
@@ -296,14 +245,14 @@ class _Call:
             if first.event == "failed" and first.code in _STATUS:
                 # It failed before anything happened: that deserves a status of its own.
                 raise _Failed(first)
-            await self._begin_stream()
+            await self._endpoint.begin([(b"Content-Type", EVENT_STREAM.encode())])
             event = first
             while True:
-                await self._send(self._codec.body(json.dumps(to_json(event)).encode() + b"\n"))
+                await self._endpoint.send_part(json.dumps(to_json(event)).encode() + b"\n")
                 if event.event in _LAST:
                     break
                 event = await report.next()
-        await self._send(self._codec.end())
+        await self._endpoint.end()
 
     async def _run(
         self,
@@ -323,11 +272,6 @@ class _Call:
             self._log.error(f"{what} failed", service=name, error=repr(error))
             report.add(_failed_event(KamalProxyError("internal error; the proxy's log says more")))
 
-    async def _begin_stream(self) -> None:
-        await self._send(
-            self._codec.response(200, b"OK", [(b"Content-Type", EVENT_STREAM.encode())])
-        )
-
     async def _fail(self, error: KamalProxyError) -> None:
         code = error.event.code if isinstance(error, _Failed) else error.code
         status, headers = _STATUS.get(code, 500), []
@@ -337,28 +281,19 @@ class _Call:
         await self._answer(status, {"error": document}, headers)
 
     async def _reject(self, error: ProtocolError) -> None:
-        """Answer what is not HTTP; the connection ends."""
-        reason = pages.reason(error.status)
-        await self._send(whole_response(error.status, reason, [], reason.encode() + b"\n"))
+        """Answer what could not be read; the connection ends."""
+        if error.status == 413:
+            await self._fail(_BadRequest(413, str(error), [(b"Connection", b"close")]))
+            await self._endpoint.drop()
+        else:
+            await self._endpoint.refuse(error)
 
     async def _answer(
         self, status: int, document: object, headers: HeaderPairs | None = None
     ) -> None:
         body = json.dumps(document).encode() + b"\n"
         headers = [(b"Content-Type", b"application/json"), *(headers or [])]
-        await self._send_response(status, headers, body)
-
-    async def _send_response(self, status: int, headers: HeaderPairs, body: bytes) -> None:
-        if status != 204:
-            headers = [*headers, (b"Content-Length", b"%d" % len(body))]
-        data = self._codec.response(status, pages.reason(status).encode(), headers)
-        if body and self._method != "HEAD":
-            data += self._codec.body(body)
-        await self._send(data + self._codec.end())
-
-    async def _send(self, data: bytes) -> None:
-        with trio.fail_after(REQUEST_TIMEOUT):
-            await self._stream.send(data)
+        await self._endpoint.respond(status, headers, body)
 
 
 _Methods: TypeAlias = "Mapping[str, Callable[[_Call, str, bytes], Awaitable[None]]]"

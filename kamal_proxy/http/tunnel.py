@@ -224,11 +224,10 @@ class Tunnel:
             self._end()
         else:
             assert self._nursery is not None
+            self._nursery.start_soon(self._end_with, direction.source)
             # Half a connection is no WebSocket (RFC 6455 7.1.1); other protocols may go on.
             if direction.tracker is not None:
                 self._nursery.start_soon(self._end_after, CLOSE_TIMEOUT)
-            else:
-                self._nursery.start_soon(self._end_with, direction.source)
 
     def _end(self) -> None:
         if self._nursery is not None:

@@ -14,8 +14,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy import Event, Proxy, RunOptions, open_proxy
 from kamal_proxy import __version__ as version
-from kamal_proxy.control.api import MAX_BODY, MAX_HEAD, REQUEST_TIMEOUT
+from kamal_proxy.control.api import MAX_BODY, REQUEST_TIMEOUT
 from kamal_proxy.control.messages import to_json
+from kamal_proxy.http.endpoint import MAX_HEAD
 from tests.control.calling import (
     Api,
     Caller,
