@@ -292,6 +292,8 @@ class Upstream:
                     sock, _ = await listener.accept()
                 except (trio.ClosedResourceError, OSError):
                     return
+                # As servers do; or the second of two sends would wait for an acknowledgement.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 nursery.start_soon(self._serve, Peer(sock), serve)
 
     async def _serve(self, peer: Peer, serve: Script) -> None:
