@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def deployment(
     probes: Callable[..., object],
     *targets: str,
+    readers: tuple[str, ...] = (),
     lines: Lines | None = None,
     interval: float = 1.0,
     trusted: bool = False,
@@ -29,6 +30,7 @@ def deployment(
 ) -> Deployment:
     return Deployment(
         targets or ("a1:80",),
+        readers=readers,
         health_check=HealthCheckOptions(interval=interval),
         probe=probes,  # type: ignore[arg-type]  # a probe is any such callable
         connect=Connections,
@@ -230,7 +232,150 @@ def test_a_target_knows_where_it_is() -> None:
     assert (target.connections.host, target.connections.port) == ("web-1", 80)  # type: ignore[attr-defined]
 
 
+# Read targets
+
+
+@pytest.mark.parametrize(
+    ("script", "reading", "expected"),
+    [
+        ({}, True, "r2 r1 r2 r1"),
+        ({}, False, "w2 w1 w2 w1"),
+        ({"r1:80": ["refused"]}, True, "r2 r2 r2 r2"),
+        ({"r1:80": ["refused"], "r2:80": ["refused"]}, True, "w2 w1 w2 w1"),
+        ({"w1:80": ["refused"]}, False, "w2 w2 w2 w2"),
+        ({"w1:80": ["refused"], "w2:80": ["refused"]}, False, "- - - -"),
+        ({"w1:80": ["refused"], "w2:80": ["refused"]}, True, "r2 r1 r2 r1"),
+    ],
+)
+async def test_who_reads_and_who_writes(
+    nursery: trio.Nursery,
+    script: dict[str, list[bool | str]],
+    reading: bool,
+    expected: str,
+    autojump_clock: MockClock,
+) -> None:
+    made = deployment(Probes(script), "w1:80", "w2:80", readers=("r1:80", "r2:80"), trusted=True)
+    assert made.has_readers
+    assert (made.writer_names, made.reader_names) == (("w1:80", "w2:80"), ("r1:80", "r2:80"))
+    await nursery.start(made.run)
+    await trio.sleep(5)
+    chosen = [made.choose(set(), reading=reading) for _ in range(4)]
+    assert " ".join(target.host if target else "-" for target in chosen) == expected
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_lone_writer_always_serves_and_a_lone_reader_does_not(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    probes = Probes({"w1:80": [True, "refused"], "r1:80": [True, "refused"]})
+    made = deployment(probes, "w1:80", readers=("r1:80",))
+    await nursery.start(made.run)
+    await made.wait_until_healthy()
+    reader, writer = made.choose(set(), reading=True), made.choose(set())
+    assert reader is not None
+    assert writer is not None
+    assert (reader.name, writer.name) == ("r1:80", "w1:80")
+    await trio.sleep(5)
+    assert states(made) == ["unhealthy", "unhealthy"]
+    assert made.choose(set(), reading=True) is writer
+    assert made.choose(set()) is writer
+    assert made.choose({writer}, reading=True) is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_reader_that_has_failed_a_request_is_avoided(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes(), "w1:80", readers=("r1:80", "r2:80"), trusted=True)
+    failed: set[Target] = set()
+    order = []
+    while (target := made.choose(failed, reading=True)) is not None:
+        order.append(target.host)
+        failed.add(target)
+    assert sorted(order[:2]) == ["r1", "r2"]
+    assert order[2:] == ["w1"]
+
+
+async def test_readers_must_become_healthy_too(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes({"r1:80": ["refused"] * 3 + [True]}), "w1:80", readers=("r1:80",))
+    await nursery.start(made.run)
+    start = trio.current_time()
+    await made.wait_until_healthy()
+    assert trio.current_time() - start == pytest.approx(0.35)
+    nursery.cancel_scope.cancel()
+
+
 # Draining
+
+
+async def test_a_drain_in_service(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """A paused service drains, and goes on."""
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    assert await made.drain(10) == DrainResult()
+    ending, lasting = Request(made), Request(made)
+    start = trio.current_time()
+    async with trio.open_nursery() as drains:
+
+        async def drain() -> None:
+            assert await made.drain(10) == DrainResult(completed=1, cancelled=1)
+
+        drains.start_soon(drain)
+        await trio.sleep(1)
+        later = Request(made)
+        ending.end()
+    assert trio.current_time() - start == pytest.approx(10)
+    assert (ending.aborted, lasting.aborted, later.aborted) == (False, True, False)
+    assert later.drains == []
+    (seen,) = lasting.drains
+    assert seen.deadline - start == pytest.approx(10)
+    assert not made.drained
+    assert not made.retired
+    assert made.in_flight == 1
+    assert not all_closed(made)
+    made.retire(1)
+    assert await made.wait_drained() == DrainResult(cancelled=1)
+    assert later.aborted
+
+
+async def test_a_drain_that_is_called_off_cuts_nothing(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    request = Request(made)
+    with trio.move_on_after(3) as scope:
+        await made.drain(10)
+    assert scope.cancelled_caught
+    (seen,) = request.drains
+    assert seen.called_off
+    await trio.sleep(100)
+    assert not request.aborted
+    request.end()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("within", [5, 10, 15])
+async def test_what_one_drain_cuts_is_cut_for_all(
+    nursery: trio.Nursery, within: float, autojump_clock: MockClock
+) -> None:
+    made = deployment(Probes())
+    await nursery.start(made.run)
+    Request(made)
+    results = []
+
+    async def drain(seconds: float) -> None:
+        results.append(await made.drain(seconds))
+
+    async with trio.open_nursery() as drains:
+        drains.start_soon(drain, 10)
+        drains.start_soon(drain, within)
+        await wait_all_tasks_blocked()
+        made.retire(20)
+    assert results == [DrainResult(0, 1)] * 2
+    assert await made.wait_drained() == DrainResult(0, 1)
 
 
 async def test_a_drain_with_nothing_in_flight_is_over_at_once(

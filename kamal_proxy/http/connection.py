@@ -116,32 +116,38 @@ class ClientConnection:
 
     async def _serve(self) -> bool:
         """Serve requests; return whether the client may still be sending."""
-        with self.scope:
-            if self.address[0] in self.server.proxy_protocol_from and not await self._introduced():
-                return False
-            # An exchange that ended while being cancelled must not take the next one with it.
-            while not self.scope.cancel_called:
-                try:
-                    head = await self._next_head()
-                except ProtocolError as error:
-                    large = error.status == Reason.HEAD_TOO_LARGE.status
-                    reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
-                    return await self._reject(reason, error.status)
-                except trio.BrokenResourceError:
-                    head = None
-                if head is None:
-                    if self.codec.has_partial_head:
-                        self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
+        introduced = self.address[0] not in self.server.proxy_protocol_from
+        while True:
+            with self.scope:
+                if not introduced and not await self._introduced():
                     return False
-                exchange = self._exchange = Exchange(self, head)
-                usable = await exchange.run()
-                usable = usable and self.codec.next_cycle()
-                exchange.finish()
-                self._exchange = None
-                if not usable or self.server.closing:
-                    # Only unread bytes make closing dangerous.
-                    return not (self.codec.received and self.stream.is_quiet_nowait())
-        return await self._interrupted()
+                introduced = True
+                # An exchange that ended while being cancelled must not take the next one with it.
+                while not self.scope.cancel_called:
+                    try:
+                        head = await self._next_head()
+                    except ProtocolError as error:
+                        large = error.status == Reason.HEAD_TOO_LARGE.status
+                        reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
+                        return await self._reject(reason, error.status)
+                    except trio.BrokenResourceError:
+                        head = None
+                    if head is None:
+                        if self.codec.has_partial_head:
+                            self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
+                        return False
+                    exchange = self._exchange = Exchange(self, head)
+                    usable = await exchange.run()
+                    usable = usable and self.codec.next_cycle()
+                    exchange.finish()
+                    self._exchange = None
+                    if not usable or self.server.closing:
+                        # Only unread bytes make closing dangerous.
+                        return not (self.codec.received and self.stream.is_quiet_nowait())
+            if self.scope.cancelled_caught or self.reason is Reason.SHUTDOWN:
+                return await self._interrupted()
+            # Its client was told that the connection goes on.
+            self.scope = trio.CancelScope()
 
     async def _introduced(self) -> bool:
         """Read the PROXY protocol header that this peer owes; return whether it was one."""
