@@ -44,6 +44,7 @@ class ClientConnection:
     """
 
     __slots__ = (
+        "_drain",
         "_exchange",
         "_first",
         "address",
@@ -65,6 +66,7 @@ class ClientConnection:
         self.scope = trio.CancelScope()
         self.reason = Reason.IDLE
         self.ending = False
+        self._drain: Drain | None = None  # of the whole proxy
         self._exchange: Exchange | None = None
         self._first = True
 
@@ -94,7 +96,8 @@ class ClientConnection:
         self.reason = reason
 
     def begin_drain(self, drain: Drain) -> None:
-        """Let what would not end by itself end before the proxy does."""
+        """Let what would not end by itself, now or after what is arriving, end before the proxy."""
+        self._drain = drain
         if self._exchange is not None:
             self._exchange.begin_drain(drain)
 
@@ -137,6 +140,8 @@ class ClientConnection:
                             self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
                         return False
                     exchange = self._exchange = Exchange(self, head)
+                    if self._drain is not None:
+                        exchange.begin_drain(self._drain)
                     usable = await exchange.run()
                     usable = usable and self.codec.next_cycle()
                     exchange.finish()

@@ -400,7 +400,7 @@ class Exchange:
             self._downstream.sent = tunnel.sent
             self._reason = tunnel.reason
             metrics.upgraded(service.name, protocol, -1)
-            if self._drain is not None and websocket:
+            if websocket and self._drain is not None and not self._drain.called_off:
                 metrics.websocket_close(service.name, "clean" if tunnel.clean else "cut")
 
     # Answers of the proxy itself

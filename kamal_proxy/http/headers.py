@@ -340,7 +340,7 @@ def response_headers(head: ResponseHead) -> HeaderPairs:
         elif name == b"connection":
             named = named or value.lower() not in (b"close", b"keep-alive")
     dropped = _named_by_connection(head.headers) if named else set()
-    if chunked or head.status in (101, 204):  # RFC 9110 8.6: these have no Content-Length
+    if chunked or head.status < 200 or head.status == 204:  # RFC 9110 8.6
         dropped.add(b"content-length")
     if dropped:
         pairs = [pair for pair in pairs if pair[0].lower() not in dropped]

@@ -19,7 +19,7 @@ from kamal_proxy.http.bodies import (
     SpillFullError,
 )
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError, ResponseHead
-from kamal_proxy.http.headers import is_streamed
+from kamal_proxy.http.headers import is_streamed, response_headers
 from kamal_proxy.http.reasons import (
     ClientGone,
     Reason,
@@ -341,8 +341,7 @@ class Relay:
                 elif (informational := informational + 1) > _MAX_INFORMATIONAL:
                     raise TargetFailed(f"more than {_MAX_INFORMATIONAL} 1xx responses")
                 else:
-                    pairs = [(raw, value) for _, raw, value in head.headers]
-                    await self._downstream.inform(head.status, head.reason, pairs)
+                    await self._downstream.inform(head.status, head.reason, response_headers(head))
         except (ProtocolError, trio.BrokenResourceError) as error:
             if silent and self._upstream.reused:
                 raise StaleConnection(str(error)) from error

@@ -55,7 +55,7 @@ class _Direction:
         self._stall_timeout = stall_timeout
         self.tracker = FrameTracker() if framed else None
         self._frame = b""  # to be sent at the next boundary
-        self._over = False  # a Close frame has gone by: nothing may follow it (RFC 6455 5.5.1)
+        self._over = False  # it was: nothing may follow it (RFC 6455 5.5.1)
         self._said = trio.Event()
         self._sending = False
         self.sent = 0
@@ -122,17 +122,20 @@ class _Direction:
         if not tracker.at_boundary:
             return
         self._over = True
-        if not tracker.closing:
-            await self._send(self._frame)
+        await self._send(self._frame)
         self._said.set()
 
     async def _send(self, data: bytes) -> None:
-        count = self._sink.send_nowait(data)
-        self.sent += count
-        if count < len(data):
+        rest = memoryview(data)
+        while True:
+            count = self._sink.send_nowait(rest)
+            self.sent += count
+            rest = rest[count:]
+            if not rest:
+                return
+            # Anew each time: who takes a little at a time has not stalled.
             with trio.fail_after(self._stall_timeout):
-                await self._sink.send(data[count:])
-            self.sent += len(data) - count
+                await self._sink.wait_writable()
 
 
 class Tunnel:
@@ -224,9 +227,16 @@ class Tunnel:
             self._end()
         else:
             assert self._nursery is not None
+            frames = self._from_client.tracker
+            if frames is not None and frames.closed and direction is self._to_client:
+                # The closing handshake is over, and it is the target's to close first (RFC 6455
+                # 7.1.1). Some clients never do.
+                self.clean = True
+                self._end()
+                return
             self._nursery.start_soon(self._end_with, direction.source)
             # Half a connection is no WebSocket (RFC 6455 7.1.1); other protocols may go on.
-            if direction.tracker is not None:
+            if frames is not None:
                 self._nursery.start_soon(self._end_after, CLOSE_TIMEOUT)
 
     def _end(self) -> None:
@@ -252,7 +262,7 @@ class Tunnel:
         All at once, the clients would come back all at once as well. A drain that is called off
         before the moment closes nothing.
         """
-        if self._nursery is None or self._from_client.tracker is None or drain.called_off:
+        if self._nursery is None or self._from_client.tracker is None:
             return
         window = drain.deadline - trio.current_time()
         if window < math.inf:

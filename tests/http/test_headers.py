@@ -169,6 +169,12 @@ def test_responses(came: Pairs, goes: int | None) -> None:
     assert response_headers(ResponseHead(200, b"OK", fields(came), 0)) == expected
 
 
+@pytest.mark.parametrize("status", [101, 103, 204])
+def test_responses_without_a_body_have_no_length(status: int) -> None:
+    head = ResponseHead(status, b"", fields([("Content-Length", "4"), ("Link", "x")]), 0)
+    assert response_headers(head) == [(b"Link", b"x")]
+
+
 class Walked(list[Header]):
     """Header fields that may be gone through a few times, but not once for each of them."""
 
