@@ -10,7 +10,6 @@ import shutil
 import socket
 from typing import TYPE_CHECKING
 
-import attrs
 import pytest
 import trio
 
@@ -18,6 +17,7 @@ from kamal_proxy.cli.arguments import scan
 from kamal_proxy.cli.commands import find_command
 from kamal_proxy.errors import NotSupportedYetError
 from kamal_proxy.http.reasons import Reason
+from tests.examples import FENCED, Example, examples_in
 from tests.running import ROOT, Command, Embedded, open_instance
 
 if TYPE_CHECKING:
@@ -26,32 +26,9 @@ if TYPE_CHECKING:
     from tests.scripted import Client
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 # --- the examples of the admin API ---------------------------------------------------------------
-
-
-@attrs.frozen
-class Example:
-    """One command of a page, the status it must get, and what it must print."""
-
-    command: str
-    status: str
-    output: list[str]
-
-
-def examples_in(page: Path) -> list[Example]:
-    found = []
-    for language, block in _FENCED.findall(page.read_text()):
-        if language != "console":
-            continue
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, mark, rest = part.partition("  # ")
-            assert mark, f"an example without a status: {part}"
-            status, _, output = rest.partition("\n")
-            found.append(Example(command, status, output.splitlines()))
-    return found
 
 
 def comparable(lines: list[str]) -> list[str]:
@@ -92,7 +69,7 @@ async def check(example: Example, path: Path, actual: dict[str, str]) -> None:
     for shown, real in actual.items():
         output = output.replace(real, shown)
 
-    assert (done.returncode, done.stderr.decode()) == (0, example.status), example.command
+    assert (done.returncode, done.stderr.decode()) == (0, example.comment), example.command
     assert comparable(output.splitlines()) == comparable(example.output), example.command
 
 
@@ -101,7 +78,7 @@ async def check(example: Example, path: Path, actual: dict[str, str]) -> None:
 
 def prose(page: Path) -> str:
     """Return a page without its blocks of code."""
-    return _FENCED.sub("", page.read_text())
+    return FENCED.sub("", page.read_text())
 
 
 def anchors_in(page: Path) -> set[str]:
@@ -132,12 +109,14 @@ def test_files_of_this_repository_that_are_named_exist(page: Path) -> None:
 
 def command_lines(page: Path) -> list[str]:
     """Return what follows the program's name wherever a page shows a command line."""
-    text = page.read_text()
-    shown = [line for _, block in _FENCED.findall(text) for line in block.splitlines()]
+    text = page.read_text().replace("\\\n", "")
+    shown = [line for _, block in FENCED.findall(text) for line in block.splitlines()]
     shown += re.findall(r"^    (\S.*)$", prose(page), re.MULTILINE)
     shown += re.findall(r"`([^`\n]+)`", prose(page))
     lines = []
     for line in shown:
+        # What follows is the shell's.
+        line = re.split(r" (?:[&|;]|[12]?>)", line)[0]
         start = re.match(r"(?:\$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?kamal-proxy( .*)", line)
         if start:
             lines.append(start[1])
