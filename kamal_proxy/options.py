@@ -31,6 +31,11 @@ _HOST = re.compile(
 )
 _PATH = re.compile(r"/[^\x00-\x20\x7f?#]*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# Fields that frame a request or say where it goes.
+_NO_CLIENT_IP = frozenset(
+    {"connection", "content-length", "expect", "host", "te", "trailer", "transfer-encoding"}
+    | {"upgrade", "x-forwarded-host", "x-forwarded-proto", "x-request-id", "x-request-start"}
+)
 _HEADER_HOST = re.compile(r"[^\x00-\x20\x7f/?#@]+")
 
 
@@ -236,7 +241,18 @@ class ServiceOptions:
             raise InvalidOptionsError(
                 f"client-ip-header '{self.client_ip_header}' is not a valid header name"
             )
+        if self.client_ip_header.lower() in _NO_CLIENT_IP:
+            raise InvalidOptionsError(
+                f"client-ip-header '{self.client_ip_header}' has another meaning; name the header "
+                "in which your CDN or balancer tells the client's address"
+            )
         self._validate_tls()
+        if self.canonical_host:
+            _require_host(self.canonical_host, "canonical-host")
+            if "*" in self.canonical_host:
+                raise InvalidOptionsError(
+                    f"canonical-host '{self.canonical_host}' must be one host, not a wildcard"
+                )
         if self.canonical_host and self.hosts and self.canonical_host not in self.hosts:
             raise InvalidOptionsError(
                 f"service options invalid: canonical-host '{self.canonical_host}' "
@@ -539,9 +555,11 @@ def _require_targets(targets: tuple[str, ...], read_targets: tuple[str, ...]) ->
         split_target(target)
 
 
-def _require_host(host: str) -> None:
+def _require_host(host: str, option: str = "host") -> None:
     if "," in host:
-        raise InvalidOptionsError(f"host '{host}' is not a host name; give each host on its own")
+        raise InvalidOptionsError(
+            f"{option} '{host}' is not a host name; give each host on its own"
+        )
     if host == "*":
         raise InvalidOptionsError(
             "host '*' is not a host name; leave --host out to serve all hosts"
@@ -549,10 +567,12 @@ def _require_host(host: str) -> None:
     if _is_ipv6(host):
         return
     if ":" in host or "/" in host:
-        raise InvalidOptionsError(f"host '{host}' must be a bare host name, without scheme or port")
+        raise InvalidOptionsError(
+            f"{option} '{host}' must be a bare host name, without scheme or port"
+        )
     if len(host) > MAX_NAME or not _HOST.fullmatch(host):
         raise InvalidOptionsError(
-            f"host '{host}' is not a valid host name (such as app.example.com or *.example.com)"
+            f"{option} '{host}' is not a valid host name (such as app.example.com or *.example.com)"
         )
 
 

@@ -44,8 +44,10 @@ if TYPE_CHECKING:
     from kamal_proxy.listeners import Address
     from kamal_proxy.sockets import SocketStream
 
-# Of the time for shutting down, this much is kept for telling those who did not finish.
+# Of the time for shutting down, this much is kept for telling those who did not finish, and this
+# much for ending the process: who sent SIGTERM often sends SIGKILL when the time is over.
 _ABORT_TIME = 1.0  # seconds
+_EXIT_TIME = 0.5
 _MAX_OTHER_CONNECTIONS = 1000
 
 
@@ -185,7 +187,7 @@ class Proxy:
                     task_status.started(self)
                     await self._stop.wait()
                     acceptors.cancel_scope.cancel(reason="the proxy stops")
-                deadline = trio.current_time() + options.shutdown_timeout
+                deadline = trio.current_time() + max(0.0, options.shutdown_timeout - _EXIT_TIME)
                 for listener in bound:
                     listener.close()
                 services.close()
@@ -215,7 +217,7 @@ class Proxy:
             ),
             (
                 "kamal_proxy_spill_bytes",
-                "Bytes of buffered bodies on disk now.",
+                "Bytes of buffered bodies on disk, or on their way there.",
                 lambda: spill.spilled,
             ),
             (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from kamal_proxy.errors import HostConflictError
+from kamal_proxy.matching import has_prefix, host_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -93,18 +94,14 @@ class RoutingTable:
                 if bound is None:
                     return None
         for prefix, service in bound:
-            if prefix == b"/":
-                return service, prefix
-            if path.startswith(prefix) and (
-                len(path) == len(prefix) or path[len(prefix)] == 0x2F  # a slash
-            ):
+            if has_prefix(path, prefix):
                 return service, prefix
         return None
 
 
 def _host_keys(service: Service) -> tuple[str, ...]:
     hosts = service.options.hosts or (EVERY_HOST,)
-    return tuple(host.lower().strip("[]").removesuffix(".") for host in hosts)
+    return tuple(map(host_name, hosts))
 
 
 def _inheriting_tls(services: dict[str, Service]) -> Iterator[Service]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote_to_bytes
 
 import attrs
 import trio
@@ -16,6 +15,7 @@ import trio
 from kamal_proxy.control.messages import ServiceDescription
 from kamal_proxy.deployment import Deployment
 from kamal_proxy.health import TargetState
+from kamal_proxy.matching import decoded_path, has_prefix, host_name
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause, SavedRollout, SavedService
 
@@ -45,6 +45,8 @@ class Service:
         released: Set when ``pause`` was changed or the service removed: whoever waits should look
             at the routing table again. It outlives a deploy.
         pages: Its own error pages.
+        canonical_name: Host to which requests for any other are redirected, as hosts are compared;
+            empty means none.
         client_ip_header: Lower-case name of the header that holds the client's address, if any.
         extra: What the saved state said that this version does not know, kept so that another
             version finds it again.
@@ -60,8 +62,13 @@ class Service:
     released: trio.Event = attrs.field(factory=trio.Event)
     pages: Pages | None = None
     extra: Mapping[str, Any] = attrs.field(factory=dict)
+    canonical_name: str = attrs.field(init=False)
     client_ip_header: bytes = attrs.field(init=False)
     _timeouts: tuple[tuple[bytes, float], ...] = attrs.field(init=False)
+
+    @canonical_name.default
+    def _comparable_canonical_host(self) -> str:
+        return host_name(self.options.canonical_host)
 
     @client_ip_header.default
     def _lower_client_ip_header(self) -> bytes:
@@ -96,12 +103,9 @@ class Service:
                 slashes, as paths are when they are routed.
         """
         seconds = self.target_options.response_timeout
-        if self._timeouts and b"%" in path:
-            path = unquote_to_bytes(path.replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
-        for prefix, timeout in self._timeouts:
-            if prefix == b"/" or path == prefix or path.startswith(prefix + b"/"):
-                seconds = timeout
-                break
+        if self._timeouts:
+            path = decoded_path(path)
+            seconds = next((t for prefix, t in self._timeouts if has_prefix(path, prefix)), seconds)
         return seconds or math.inf
 
     def saved(self) -> SavedService:

@@ -164,7 +164,8 @@ class _Kind:
 def _decode_text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise StateFormatError(f"{where} must be a string")
-    return value
+    # Half a surrogate pair, which JSON can hold, fits into no header, log line or answer.
+    return _LONE_SURROGATE.sub("\ufffd", value)
 
 
 def _decode_texts(value: object, where: str) -> tuple[str, ...]:
@@ -197,6 +198,11 @@ def _decode_whole(value: object, where: str) -> int:
     return value
 
 
+def _decode_size(value: object, where: str) -> int:
+    # The Go proxy takes anything below zero for what zero means.
+    return max(0, _decode_whole(value, where))
+
+
 def _decode_number(value: object, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise StateFormatError(f"{where} must be a number")
@@ -222,7 +228,7 @@ def _decode_path_timeouts(value: object, where: str) -> tuple[PathTimeout, ...]:
     if not isinstance(value, dict):
         raise StateFormatError(f"{where} must be an object")
     return tuple(
-        PathTimeout(path=path, timeout=_decode_duration(item, f"{where}.{path}"))
+        PathTimeout(path=path, timeout=max(0.0, _decode_duration(item, f"{where}.{path}")))
         for path, item in value.items()
     )
 
@@ -249,6 +255,7 @@ _HOSTS = _Kind(_decode_texts, lambda hosts: list(hosts) or [""])
 _TARGETS = _Kind(_decode_targets, list)
 _FLAG = _Kind(_decode_flag, _same)
 _WHOLE = _Kind(_decode_whole, _same)
+_SIZE = _Kind(_decode_size, _same)
 _NUMBER = _Kind(_decode_number, _encode_number)
 _DURATION = _Kind(_decode_duration, to_nanoseconds)
 _POSITIVE = _Kind(_decode_positive_duration, to_nanoseconds)
@@ -285,9 +292,9 @@ _TARGET_OPTIONS = {
     "response_timeout": _LIMIT,
     "buffer_requests": _FLAG,
     "buffer_responses": _FLAG,
-    "max_memory_buffer_size": _WHOLE,
-    "max_request_body_size": _WHOLE,
-    "max_response_body_size": _WHOLE,
+    "max_memory_buffer_size": _SIZE,
+    "max_request_body_size": _SIZE,
+    "max_response_body_size": _SIZE,
     "log_request_headers": _TEXTS,
     "log_response_headers": _TEXTS,
     "forward_headers": _FLAG,

@@ -17,7 +17,7 @@ ROOT = Path(kamal_proxy.__file__).parent
 # ``control.messages`` and ``logs`` are far down because they are plain data and a plain sink.
 LAYERS = [
     {"errors", "_fastpath"},
-    {"durations", "logs", "metrics", "networks", "proxy_protocol"},
+    {"durations", "logs", "matching", "metrics", "networks", "proxy_protocol"},
     {"options"},
     {"balancer", "health", "control.messages", "state_format"},
     {"state", "sockets", "control.client"},
@@ -46,6 +46,7 @@ PURE = {
     "http.pages",
     "http.templates",
     "http.websocket",
+    "matching",
     "networks",
     "options",
     "proxy_protocol",

@@ -311,6 +311,7 @@ def test_what_could_not_be_read_again_is_never_written(service: SavedService) ->
 texts = st.text(max_size=20)
 lists = st.lists(texts, max_size=3).map(tuple)
 sizes = st.integers(-(2**63), 2**63 - 1)
+limits = st.integers(0, 2**63 - 1)
 seconds = st.integers(0, 10**15).map(lambda nanoseconds: nanoseconds / 10**9)
 more_seconds = st.integers(1, 10**15).map(lambda nanoseconds: nanoseconds / 10**9)
 targets = st.lists(
@@ -356,9 +357,9 @@ services = st.builds(
         response_timeout=more_seconds,
         buffer_requests=st.booleans(),
         buffer_responses=st.booleans(),
-        max_memory_buffer_size=sizes,
-        max_request_body_size=sizes,
-        max_response_body_size=sizes,
+        max_memory_buffer_size=limits,
+        max_request_body_size=limits,
+        max_response_body_size=limits,
         log_request_headers=lists,
         log_response_headers=lists,
         forward_headers=st.booleans(),

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
 
 import trio
 
 from kamal_proxy.http.headers import Destination, upgrade_of
-from kamal_proxy.http.reasons import ClientGone, Reason, Refusal
-from kamal_proxy.http.relay import BODY_ERRORS, body_refusal
+from kamal_proxy.http.reasons import BODY_ERRORS, ClientGone, Reason, Refusal, body_refusal
+from kamal_proxy.matching import decoded_path
 
 if TYPE_CHECKING:
     from kamal_proxy.http.bodies import Body
@@ -109,6 +108,7 @@ class Admission:
                 await self._wait_released(service, pause_began)
             elif self._must_buffer(service):
                 # It may take a while, and the table may be another one then.
+                pause_began = math.inf
                 await self._buffer(service)
             else:
                 return service
@@ -135,25 +135,28 @@ class Admission:
             self._server.metrics.leave(self._counted)
             self._counted = ""
         excluded = service.options.exclude_metrics_paths
-        if not excluded or self._decoded_path() not in excluded:
+        if not excluded or self._shown_path() not in excluded:
             self._counted = service.name
             self._server.metrics.enter(service.name)
 
-    def _decoded_path(self) -> str:
-        return unquote_to_bytes(self.path.partition(b"?")[0]).decode("utf-8", "surrogateescape")
+    def _shown_path(self) -> str:
+        path = decoded_path(self.path.partition(b"?")[0])
+        return path.decode("utf-8", "surrogateescape")
 
     def _redirect(self, service: Service) -> bytes:
         """Return where the request has to go instead: in one hop, to HTTPS and to the host."""
-        options = service.options
-        scheme, host = self._server.scheme, self.destination.host_without_port
-        canonical = options.canonical_host
-        name = canonical.lower().strip("[]").removesuffix(".")
-        moves = bool(canonical) and name != self.destination.name
+        options, destination = service.options, self.destination
+        scheme, host = self._server.scheme, destination.host_without_port
+        canonical = service.canonical_name
+        moves = bool(canonical) and canonical != destination.name
         if moves:
-            host = f"[{name}]".encode() if ":" in name else canonical.encode()
+            host = f"[{canonical}]".encode() if ":" in canonical else canonical.encode()
         if options.tls_enabled and options.tls_redirect and scheme == "http":
             scheme, moves = "https", True
-        return scheme.encode() + b"://" + host + self.destination.raw if moves else b""
+        if not moves:
+            return b""
+        path = b"" if destination.path == b"*" else destination.raw
+        return scheme.encode() + b"://" + host + path
 
     def _is_health_check(self, service: Service) -> bool:
         wanted = b"/" + service.target_options.health_check.path.encode().removeprefix(b"/")
@@ -161,6 +164,10 @@ class Admission:
 
     async def _wait_released(self, service: Service, since: float) -> None:
         """Wait for the end of a pause, but no longer than it may be waited for."""
+        server = self._server
+        if server.waiting >= server.max_waiting:
+            # The others need the rest of the connections: for services that are not paused.
+            raise Refusal(Reason.PAUSE_FULL)
         self._connection.move_deadline(math.inf, Reason.IDLE)
         gone = False
 
@@ -170,11 +177,15 @@ class Admission:
             gone = True
             scope.cancel(reason="the client is gone")
 
-        with trio.move_on_at(since + service.pause.fail_after):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch_client, nursery.cancel_scope)
-                await service.released.wait()
-                nursery.cancel_scope.cancel(reason="released")
+        server.waiting += 1
+        try:
+            with trio.move_on_at(since + service.pause.fail_after):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(watch_client, nursery.cancel_scope)
+                    await service.released.wait()
+                    nursery.cancel_scope.cancel(reason="released")
+        finally:
+            server.waiting -= 1
         if gone:
             raise ClientGone
         if not service.released.is_set():
@@ -187,10 +198,7 @@ class Admission:
 
     def _must_buffer(self, service: Service) -> bool:
         return (
-            service.target_options.buffer_requests
-            and self._head.length != 0
-            and self.body is None
-            and not self.upgrade
+            service.target_options.buffer_requests and self._head.length != 0 and self.body is None
         )
 
     async def _buffer(self, service: Service) -> None:
@@ -205,6 +213,8 @@ class Admission:
             if not downstream.received:
                 await downstream.ask_for_body()
             while not downstream.received:
+                patience = self._server.options.stall_timeout
+                self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
                 await downstream.receive_body()
                 await body.write(downstream.take_body())
             await body.finish()

@@ -177,20 +177,20 @@ class _Messages:
             raise ProtocolError("data where no message can be")
         return event
 
-    def _write(self, event: h11.Event) -> bytes:
+    def _write(self, event: type[h11.Event], **fields: object) -> bytes:
         """Render what is to be sent; what came from one peer may be impossible to tell another."""
         try:
-            return self._parser.send(event) or b""
+            return self._parser.send(event(**fields)) or b""
         except h11.LocalProtocolError as error:
             raise ProtocolError(str(error)) from error
 
     def body(self, data: bytes) -> bytes:
         """Frame a part of the body to send."""
-        return self._write(h11.Data(data=data))
+        return self._write(h11.Data, data=data)
 
     def end(self, trailers: HeaderPairs | None = None) -> bytes:
         """Frame the end of the body to send."""
-        return self._write(h11.EndOfMessage(headers=trailers or []))
+        return self._write(h11.EndOfMessage, headers=trailers or [])
 
 
 class ServerCodec(_Messages):
@@ -205,6 +205,7 @@ class ServerCodec(_Messages):
         self._scanned = 0
         self._chunks: ChunkScanner | None = None
         self._unscanned = b""  # bytes of a chunked body that came with the head
+        self._malformed = ""  # what was wrong with the chunks
 
     @property
     def has_partial_head(self) -> bool:
@@ -272,11 +273,15 @@ class ServerCodec(_Messages):
         return super().next_body()
 
     def _scan_chunks(self, data: bytes) -> None:
+        if self._malformed:
+            # h11 may find nothing wrong with it, and would go on.
+            raise ProtocolError(self._malformed)
         if self._chunks is not None and not self._chunks.done:
             try:
                 self._chunks.scan(data)
             except ValueError as error:
-                raise ProtocolError(str(error)) from error
+                self._malformed = str(error)
+                raise ProtocolError(self._malformed) from error
 
     def _checked(self, request: h11.Request, lengths: int) -> RequestHead:
         if request.http_version not in (b"1.1", b"1.0"):
@@ -309,7 +314,7 @@ class ServerCodec(_Messages):
         if self._parser.their_http_version == b"1.0":
             return b""
         return self._write(
-            h11.InformationalResponse(status_code=status, reason=reason, headers=headers)
+            h11.InformationalResponse, status_code=status, reason=reason, headers=headers
         )
 
     def response(self, status: int, reason: bytes, headers: HeaderPairs) -> bytes:
@@ -319,7 +324,7 @@ class ServerCodec(_Messages):
         chunked, or until close to an HTTP/1.0 client. ``Connection: close`` is added when the
         connection can't be used again.
         """
-        return self._write(h11.Response(status_code=status, reason=reason, headers=headers))
+        return self._write(h11.Response, status_code=status, reason=reason, headers=headers)
 
     def end(self, trailers: HeaderPairs | None = None) -> bytes:
         """Frame the end of the body to send; an HTTP/1.0 client gets no trailers."""
@@ -356,7 +361,7 @@ class ClientCodec(_Messages):
         """Write the head of a request; ``headers`` carry its framing."""
         self.received = False
         self.trailers = []
-        return self._write(h11.Request(method=method, target=target, headers=headers))
+        return self._write(h11.Request, method=method, target=target, headers=headers)
 
     def next_response(self) -> ResponseHead | None:
         """Return the head of the next response, 1xx or final, or None when more data is needed.

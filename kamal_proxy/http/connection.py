@@ -37,6 +37,7 @@ class ClientConnection:
         codec: What reads and writes HTTP on it.
         scope: What everything on it happens in.
         reason: Why ``scope`` ends at its deadline, or was cancelled.
+        drain: The drain of the whole proxy, once that has begun.
         ending: Whether it ends with the response that is being made.
         vouched: Whether the client is one of the trusted proxies.
         believed: Whether what it says about the hops before it is believed: of those proxies, or of
@@ -44,12 +45,12 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "_drain",
         "_exchange",
         "_first",
         "address",
         "believed",
         "codec",
+        "drain",
         "ending",
         "reason",
         "scope",
@@ -66,7 +67,7 @@ class ClientConnection:
         self.scope = trio.CancelScope()
         self.reason = Reason.IDLE
         self.ending = False
-        self._drain: Drain | None = None  # of the whole proxy
+        self.drain: Drain | None = None
         self._exchange: Exchange | None = None
         self._first = True
 
@@ -97,7 +98,7 @@ class ClientConnection:
 
     def begin_drain(self, drain: Drain) -> None:
         """Let what would not end by itself, now or after what is arriving, end before the proxy."""
-        self._drain = drain
+        self.drain = drain
         if self._exchange is not None:
             self._exchange.begin_drain(drain)
 
@@ -140,8 +141,8 @@ class ClientConnection:
                             self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
                         return False
                     exchange = self._exchange = Exchange(self, head)
-                    if self._drain is not None:
-                        exchange.begin_drain(self._drain)
+                    if self.drain is not None:
+                        exchange.begin_drain(self.drain)
                     usable = await exchange.run()
                     usable = usable and self.codec.next_cycle()
                     exchange.finish()
@@ -186,7 +187,9 @@ class ClientConnection:
                     await self._exchange.interrupted(reason)
                 except (ProtocolError, trio.BrokenResourceError):
                     return False
-                return reason not in (Reason.CLIENT_GONE, Reason.CLIENT_STALLED)
+                if reason in (Reason.CLIENT_GONE, Reason.CLIENT_STALLED):
+                    return False
+                return not (self.codec.received and self.stream.is_quiet_nowait())
             if reason is Reason.HEAD_TIMEOUT:
                 return await self._reject(reason, reason.status)
             if reason is Reason.SHUTDOWN and self.codec.has_partial_head:

@@ -97,7 +97,7 @@ def scope_cookie(value: bytes, prefix: bytes, host: bytes) -> bytes:
         if name == b"domain" and text.strip(_SPACE).lower() not in (b"", host.lower()):
             return value
         if name == b"path":
-            path = text.strip(_SPACE)  # the last one counts (RFC 6265 5.2.4)
+            path = text.strip(_SPACE).strip(b'"')  # the last one counts (RFC 6265 5.2.4)
             place = place or len(kept)
         else:
             kept.append(attribute)

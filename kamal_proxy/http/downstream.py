@@ -5,12 +5,14 @@ Knows the client connection's codec, stream and deadline, and nothing of service
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
 import trio
 
 from kamal_proxy.http import pages
+from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.reasons import ClientGone, Reason
 from kamal_proxy.sockets import READ_SIZE
 
@@ -32,6 +34,8 @@ class Downstream:
         status: Status of the response, once it has begun.
         response: Its header fields, once they were sent.
         sent: Bytes of response body.
+        hidden: Lower-case names of request header fields that no target must see.
+        is_cut: Whether something was sent in part only: nothing else can be said any more.
     """
 
     __slots__ = (
@@ -42,6 +46,8 @@ class Downstream:
         "_server",
         "_stream",
         "awaits_continue",
+        "hidden",
+        "is_cut",
         "response",
         "sent",
         "status",
@@ -58,6 +64,8 @@ class Downstream:
         self.status = 0
         self.response: HeaderPairs | None = None
         self.sent = 0
+        self.hidden: frozenset[bytes] = frozenset()
+        self.is_cut = False
 
     # The request's body
 
@@ -68,8 +76,11 @@ class Downstream:
 
     @property
     def trailers(self) -> HeaderPairs:
-        """The request's trailers, once it has arrived whole."""
-        return self._codec.trailers
+        """The request's trailers that a target may see, once it has arrived whole."""
+        trailers = self._codec.trailers
+        if trailers and self.hidden:
+            return [pair for pair in trailers if pair[0].lower() not in self.hidden]
+        return trailers
 
     def take_body(self) -> bytes:
         """Return what was read of the body and not taken yet.
@@ -95,23 +106,14 @@ class Downstream:
         return body
 
     async def receive_body(self) -> None:
-        """Read more of the body, giving up when the client sends nothing for too long.
+        """Read more of the body; how long that may take is the caller's business.
 
         Raises:
-            ClientGone: the client closed, or the response has begun and it sent nothing more.
+            ClientGone: the client closed.
             ProtocolError: the client broke the framing.
         """
-        patience = self._server.options.stall_timeout
         try:
-            if self.response is not None:
-                # The connection's deadline belongs to the response now.
-                data = b""
-                with trio.move_on_after(patience):
-                    data = await self._stream.receive(READ_SIZE)
-            else:
-                if not self.awaits_continue:
-                    self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
-                data = await self._stream.receive(READ_SIZE)
+            data = await self._stream.receive(READ_SIZE)
         except trio.BrokenResourceError as error:
             raise ClientGone from error
         if not data:
@@ -131,10 +133,8 @@ class Downstream:
     async def inform(self, status: int, reason: bytes, headers: HeaderPairs) -> None:
         """Send a 1xx response."""
         await self.send(self._codec.informational(status, reason, headers))
-        if status == 100 and self.awaits_continue:
+        if status == 100:
             self.awaits_continue = False
-            patience = self._server.options.stall_timeout
-            self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
 
     async def switch(self, reason: bytes, headers: HeaderPairs) -> bytes:
         """Send a 101 response; return what the client has sent of the other protocol."""
@@ -171,20 +171,22 @@ class Downstream:
         """Send to the client, giving up when it takes nothing for too long.
 
         Raises:
-            ClientGone: the client closed or broke the connection.
+            ClientGone: the client closed or broke the connection, or did not take it.
         """
         try:
             rest = memoryview(data)[self._stream.send_nowait(data) :]
             if rest:
-                connection = self._connection
-                deadline, reason = connection.scope.deadline, connection.reason
-                stall = self._server.options.stall_timeout
-                while rest:
-                    # Anew each time: a client that takes a little at a time has not stalled.
-                    connection.move_deadline(stall, Reason.CLIENT_STALLED)
-                    await self._stream.wait_writable()
-                    rest = rest[self._stream.send_nowait(rest) :]
-                connection.scope.deadline, connection.reason = deadline, reason
+                self.is_cut = True
+                with trio.CancelScope() as scope:
+                    while rest:
+                        # Anew each time: a client that takes a little at a time has not stalled.
+                        stall = self._server.options.stall_timeout
+                        scope.deadline = trio.current_time() + stall
+                        await self._stream.wait_writable()
+                        rest = rest[self._stream.send_nowait(rest) :]
+                if scope.cancelled_caught:
+                    raise ClientGone(Reason.CLIENT_STALLED)
+                self.is_cut = False
         except trio.BrokenResourceError as error:
             raise ClientGone from error
 
@@ -199,8 +201,9 @@ class Downstream:
             headers: Header fields besides Date, Content-Length and Connection.
             close: Whether the connection must end with it.
         """
-        if not self._head.length and not self._codec.received:
-            self._codec.next_body()  # a request without a body ends here
+        # What is here of a body is of no use, but its end decides about the connection.
+        with contextlib.suppress(ProtocolError):
+            self._codec.take_body()
         if close or not self._codec.received or self._server.closing or self._connection.ending:
             headers = [*headers, (b"Connection", b"close")]
         headers = [
@@ -209,9 +212,12 @@ class Downstream:
             (b"Content-Length", b"%d" % len(body)),
         ]
         data = self.begin(status, pages.reason(status).encode(), headers)
-        if self._head.method != b"HEAD" and body:
-            data += self.body(body)
+        if self._head.method == b"HEAD":
+            body = b""
+        if body:
+            data += self._codec.body(body)
         await self.send(data + self.end())
+        self.sent = len(body)
         return self._codec.received
 
     # The client's leaving

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 _READING = frozenset({b"GET", b"HEAD"})
+_NOTHING: frozenset[bytes] = frozenset()
 
 
 class Exchange:
@@ -72,6 +73,7 @@ class Exchange:
         "_target",
         "_target_name",
         "_tunnel",
+        "_upstream",
         "_wrote",
     )
 
@@ -87,6 +89,7 @@ class Exchange:
         self._target: Target | None = None
         self._target_name = ""
         self._wrote = False  # the client is to keep off the read targets for a while
+        self._upstream: UpstreamConnection | None = None
         self._tunnel: Tunnel | None = None
         self._drain: Drain | None = None
         self._reason: Reason | None = None
@@ -109,9 +112,11 @@ class Exchange:
                 return await self._refuse(refusal.reason, refusal.status, refusal.message)
             except ProtocolError as error:
                 return await self._refuse(Reason.BAD_REQUEST, error.status)
-        except (ClientGone, trio.BrokenResourceError):
-            self._reason = Reason.CLIENT_GONE
-            self._downstream.status = CLIENT_CLOSED_REQUEST
+        except ClientGone as error:
+            self._give_up(error.reason)
+            return False
+        except trio.BrokenResourceError:
+            self._give_up(Reason.CLIENT_GONE)
             return False
         except ProtocolError:
             # Not even a refusal can be told to this client any more.
@@ -135,17 +140,24 @@ class Exchange:
                 "Request cancelled due to draining", target=self._target_name, path=self._path
             )
         if reason.status == CLIENT_CLOSED_REQUEST:
-            self._reason = reason
-            self._downstream.status = CLIENT_CLOSED_REQUEST
-        else:
+            self._give_up(reason)
+            return
+        try:
             await self._refuse(reason)
+        except ClientGone as error:
+            self._give_up(error.reason)
+
+    def _give_up(self, reason: Reason) -> None:
+        """Note that nobody is there to be answered."""
+        self._reason = reason
+        self._downstream.status = CLIENT_CLOSED_REQUEST
 
     def finish(self) -> None:
         """Leave the deployment, be logged and counted; called exactly once."""
         downstream, admission = self._downstream, self._admission
         service = admission.service if admission else None
         name = service.name if service else ""
-        self._leave_deployment()
+        self._let_go()
         status = downstream.status or CLIENT_CLOSED_REQUEST
         duration = time.perf_counter_ns() - self._started
         if admission:
@@ -241,7 +253,7 @@ class Exchange:
                 if not deployment.retired:
                     raise TargetFailed(cause, Reason.TARGET_REFUSED)
                 # A deploy has replaced these targets, and none has taken the request yet.
-                self._leave_deployment()
+                self._let_go()
                 self._target_name = ""
                 return await self._serve(admission)
             if failed:
@@ -250,12 +262,12 @@ class Exchange:
             pool = target.connections
             assert isinstance(pool, UpstreamPool)
             self._connection.move_deadline(response_timeout, Reason.TARGET_TIMEOUT)
-            upstream = pool.take_idle(max_age)
+            upstream = self._upstream = pool.take_idle(max_age)
             if upstream is not None:
                 metrics.reuse(service.name)
             else:
                 try:
-                    upstream = await pool.connect()
+                    upstream = self._upstream = await pool.connect()
                 except ConnectError as error:
                     cause = str(error)
                     failed.add(target)
@@ -271,16 +283,24 @@ class Exchange:
                 # Once: a connection that was never used before can't be stale.
                 max_age = -math.inf
             finally:
-                # Releasing closes whatever has not ended well on both sides.
-                upstream.release()
+                self._release_upstream()
 
-    def _leave_deployment(self) -> None:
+    def _release_upstream(self) -> None:
+        """Give the connection to the target back; it is closed unless both sides ended well."""
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.release()
+
+    def _let_go(self) -> None:
+        """Be done with the target and its deployment, and with their drains."""
+        self._release_upstream()
         if self._target is not None:
             self._target.in_flight -= 1
             self._target = None
         if self._deployment is not None:
             self._deployment.end(self)
             self._deployment = None
+            self._drain = self._connection.drain
 
     def _assign(self, target: Target) -> None:
         if self._target is not None:
@@ -304,11 +324,6 @@ class Exchange:
         def adapt(head: ResponseHead) -> HeaderPairs:
             return self._with_cookies(admission, service, response_headers(head))
 
-        def spare() -> None:
-            # A slow client must not hold up a drain for what the target has already given.
-            upstream.release()
-            self._leave_deployment()
-
         relay = Relay(
             self._connection,
             self._downstream,
@@ -316,7 +331,8 @@ class Exchange:
             service.target_options,
             response_timeout,
             adapt,
-            spare,
+            # A slow client must not hold up a drain for what the target has already given.
+            self._let_go,
             admission.upgrade,
         )
         request = self._request(admission, upstream, service, target)
@@ -336,13 +352,16 @@ class Exchange:
     ) -> bytes:
         """Write the head of the request."""
         connection, head, body = self._connection, self._head, admission.body
+        hidden = _NOTHING
+        if service.client_ip_header and not connection.believed:
+            # Servers that turn names into variables take an underscore for a hyphen.
+            lookalike = service.client_ip_header.replace(b"-", b"_")
+            hidden = frozenset({service.client_ip_header, lookalike})
+        self._downstream.hidden = hidden
         length = None
-        hidden = set()
         if body is not None:
             length = CHUNKED if self._downstream.trailers else body.size
-            hidden.add(b"expect")  # the proxy has answered it
-        if service.client_ip_header and not connection.believed:
-            hidden.add(service.client_ip_header)
+            hidden |= {b"expect"}  # the proxy has answered it
         headers = request_headers(
             head,
             host=admission.destination.host,
@@ -356,9 +375,8 @@ class Exchange:
             client_ip_header=service.client_ip_header,
             upgrade=admission.upgrade,
             length=length,
+            hidden=hidden,
         )
-        if hidden:
-            headers = [pair for pair in headers if pair[0].lower() not in hidden]
         return upstream.codec.request(head.method, admission.path, headers)
 
     def _with_cookies(
@@ -407,8 +425,8 @@ class Exchange:
 
     async def _refuse(self, reason: Reason, status: int = 0, message: str = "") -> bool:
         self._reason = reason
-        if self._downstream.response is not None:
-            return False  # the response has begun: a cut connection is the only way to say so
+        if self._downstream.response is not None or self._downstream.is_cut:
+            return False  # something has begun: a cut connection is the only way to say so
         status = status or reason.status
         service = self._admission.service if self._admission else None
         body = service.pages.render(status, message) if service and service.pages else None

@@ -5,9 +5,9 @@ RFC 9110 7.6 says what an intermediary must drop; ``docs/http.md`` lists what th
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
 
 from kamal_proxy.http.codec import (
     CHUNKED,
@@ -18,6 +18,7 @@ from kamal_proxy.http.codec import (
     ResponseHead,
 )
 from kamal_proxy.http.forwarded import believable_untrusted, element, parse_untrusted
+from kamal_proxy.matching import decoded_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +52,14 @@ _REWRITTEN = frozenset(
         b"x-request-start",
     }
 )
-_REQUEST_DROPPED = _HOP_BY_HOP | _REWRITTEN | _FRAMING
+# Servers that turn names into variables (CGI, WSGI, Rack) take an underscore for a hyphen, and so
+# would believe these.
+_LOOKALIKES = frozenset(
+    "".join(pair).encode()
+    for name in _REWRITTEN
+    for pair in itertools.product(*(("-", "_") if c == "-" else c for c in name.decode()))
+)
+_REQUEST_DROPPED = _HOP_BY_HOP | _REWRITTEN | _LOOKALIKES | _FRAMING
 
 # RFC 9110 8.6: of these, servers may insist on a length even without a body.
 _LENGTH_EXPECTED = frozenset({b"PATCH", b"POST", b"PUT"})
@@ -107,12 +115,10 @@ class Destination:
         self.path = path
         if path == b"*":
             self.route = b"/"
-        elif b"%" in path:
-            if _BAD_ESCAPE.search(path):
-                raise ProtocolError("malformed percent-encoding in the path")
-            self.route = unquote_to_bytes(path.replace(b"%2F", b"%252F").replace(b"%2f", b"%252f"))
         else:
-            self.route = path
+            if b"%" in path and _BAD_ESCAPE.search(path):
+                raise ProtocolError("malformed percent-encoding in the path")
+            self.route = decoded_path(path)
 
     @property
     def host_without_port(self) -> bytes:
@@ -213,6 +219,7 @@ def request_headers(
     client_ip_header: bytes = b"",
     upgrade: bytes = b"",
     length: int | None = None,
+    hidden: frozenset[bytes] = frozenset(),
 ) -> HeaderPairs:
     """Build the header fields of the request that the target gets.
 
@@ -231,8 +238,10 @@ def request_headers(
         upgrade: The protocol that it wants to switch to, if any.
         length: Bytes of its body, or ``CHUNKED``, where that differs from what the client said
             because the body was read whole.
+        hidden: Lower-case names of further fields that are not passed on.
     """
     headers = head.headers
+    rewritten = _REQUEST_DROPPED | hidden if hidden else _REQUEST_DROPPED
     if length is None:
         length = head.length
     chain: list[bytes] = []
@@ -242,7 +251,7 @@ def request_headers(
     trailers = named = False
     pairs: HeaderPairs = [(b"Host", host or target)]
     for name, raw, value in headers:
-        if name not in _REQUEST_DROPPED:
+        if name not in rewritten:
             pairs.append((raw, value))
         elif name == b"connection":
             named = named or value.lower() not in (b"close", b"keep-alive")

@@ -6,7 +6,12 @@ One list for the log, the metrics, the deadlines of a connection and the answers
 from __future__ import annotations
 
 import enum
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+from kamal_proxy.http.bodies import BodyTooLargeError, SpillFailedError, SpillFullError
+
+if TYPE_CHECKING:
+    from kamal_proxy.logs import Log
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; for the log, nobody is there to read it
 
@@ -45,6 +50,7 @@ class Reason(enum.StrEnum):
     NO_TARGET = "no_healthy_target", 503
     STOPPED = "stopped", 503
     PAUSE_EXPIRED = "pause_expired", 504
+    PAUSE_FULL = "pause_full", 503
     DRAINED = "drained", 504
     SHUTDOWN = "shutdown", 503
     # Nothing went wrong: a connection had nothing to do any more.
@@ -84,4 +90,30 @@ class StaleConnection(Exception):
 
 
 class ClientGone(Exception):
-    """The client closed or broke its connection."""
+    """The client closed or broke its connection, or takes nothing any more.
+
+    Attributes:
+        reason: Which of them.
+    """
+
+    def __init__(self, reason: Reason = Reason.CLIENT_GONE) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+BODY_ERRORS = (BodyTooLargeError, SpillFullError, SpillFailedError)
+
+
+def body_refusal(log: Log, error: Exception, too_large: Reason) -> Refusal:
+    """Return the answer to a body that can't be kept; what is not the peers' fault is logged.
+
+    Args:
+        log: Where.
+        error: One of ``BODY_ERRORS``.
+        too_large: The reason if it was the service's own limit.
+    """
+    if isinstance(error, BodyTooLargeError):
+        return Refusal(too_large)
+    log.error("Body can't be buffered", error=str(error))
+    full = isinstance(error, SpillFullError)
+    return Refusal(Reason.SPILL_FULL if full else Reason.SPILL_FAILED)

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kamal_proxy.http.bodies import (
-    Body,
-    BodyTooLargeError,
-    SpillFailedError,
-    SpillFullError,
-)
+from kamal_proxy.http.bodies import Body, SpillFailedError
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError, ResponseHead
 from kamal_proxy.http.headers import is_streamed, response_headers
 from kamal_proxy.http.reasons import (
+    BODY_ERRORS,
     ClientGone,
     Reason,
     Refusal,
     StaleConnection,
     TargetFailed,
+    body_refusal,
 )
+from kamal_proxy.http.upload import Upload, framed
 from kamal_proxy.sockets import READ_SIZE
 
 if TYPE_CHECKING:
@@ -35,12 +33,9 @@ if TYPE_CHECKING:
     from kamal_proxy.http.connection import ClientConnection
     from kamal_proxy.http.downstream import Downstream
     from kamal_proxy.http.upstream import UpstreamConnection
-    from kamal_proxy.logs import Log
     from kamal_proxy.options import TargetOptions
 
 _MAX_INFORMATIONAL = 100  # 1xx responses before the final one
-
-BODY_ERRORS = (BodyTooLargeError, SpillFullError, SpillFailedError)
 
 
 class Relay:
@@ -53,7 +48,7 @@ class Relay:
         options: How requests travel to the service's targets.
         response_timeout: Seconds that the target has for the head of its response.
         adapt: Makes the header fields that the client gets.
-        spare: Told that the target has done its part, when a buffered response has still to be
+        spare: Called when the target has done its part and a buffered response has still to be
             sent.
         upgrade: The protocol that the request wants to switch to, if any.
     """
@@ -64,12 +59,10 @@ class Relay:
         "_connection",
         "_downstream",
         "_options",
-        "_receiving",
         "_response_timeout",
         "_spare",
         "_upgrade",
-        "_upload_failure",
-        "_uploading",
+        "_upload",
         "_upstream",
     )
 
@@ -93,9 +86,7 @@ class Relay:
         self._spare = spare
         self._upgrade = upgrade
         self._answered = False  # the head of the final response is here
-        self._receiving = False  # the rest of the request from the client
-        self._uploading = False
-        self._upload_failure: Refusal | ClientGone | None = None
+        self._upload: Upload | None = None
 
     async def run(self, request: bytes, body: Body | None) -> ResponseHead | None:
         """Send the request and relay the response.
@@ -115,17 +106,18 @@ class Relay:
         """
         if body is None:
             # What has arrived of the body travels along; most requests are whole now.
-            request += self._framed(self._downstream.take_body_nowait())
+            data = self._downstream.take_body_nowait()
+            request += framed(self._downstream, self._upstream, data)
             complete = self._downstream.received
         else:
             # More than the target's kernel takes at once must not keep its answer waiting.
             whole = body.whole_nowait() if body.size <= READ_SIZE else None
             complete = whole is not None
             if whole is not None:
-                request += self._framed(whole)
+                request += framed(self._downstream, self._upstream, whole)
         broken = False
         try:
-            await self._upstream.send(request)
+            await self._send_head(request)
         except trio.BrokenResourceError:
             broken = True  # but it may have answered before it closed
         if complete or broken:
@@ -134,87 +126,42 @@ class Relay:
 
     # The request
 
-    def _framed(self, data: bytes, *, last: bool = True) -> bytes:
-        """Frame a part of the body for the target; the end too, if all has been received."""
-        codec = self._upstream.codec
-        framed = codec.body(data) if data else b""
-        if last and self._downstream.received:
-            framed += codec.end(self._downstream.trailers)
-        return framed
+    async def _send_head(self, request: bytes) -> None:
+        """Send the head and what goes with it; it is never waited for without a limit."""
+        if not math.isinf(self._response_timeout):
+            await self._upstream.send(request)
+            return
+        stall = self._connection.server.options.stall_timeout
+        self._connection.move_deadline(stall, Reason.TARGET_TIMEOUT)
+        await self._upstream.send(request)
+        self._connection.move_deadline(math.inf, Reason.IDLE)
 
     async def _relay_both_ways(self, body: Body | None) -> ResponseHead | None:
         """Send the rest of the request body while the response may already be coming."""
         head: ResponseHead | None = None
         failure: Exception | None = None
-        self._receiving = body is None
-        self._uploading = True
+        upload = self._upload = Upload(
+            self._connection, self._downstream, self._upstream, body, self._response_timeout
+        )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._upload, body, nursery.cancel_scope)
+            nursery.start_soon(upload.run, self._uploaded, nursery.cancel_scope)
             try:
                 head = await self._download()
             except (TargetFailed, StaleConnection, ClientGone, Refusal, ProtocolError) as error:
                 # A nursery would wrap it in a group.
                 failure = error
             nursery.cancel_scope.cancel(reason="the response is complete")
-        self._uploading = False
-        if self._upload_failure is not None:
-            raise self._upload_failure
+        if upload.failure is not None:
+            raise upload.failure
         if failure is not None:
             raise failure
         return head
 
-    async def _upload(self, body: Body | None, scope: trio.CancelScope) -> None:
-        try:
-            if body is None:
-                await self._upload_arriving()
-            else:
-                await self._upload_buffered(body)
-            if self._downstream.response is None:
-                self._await_target()
-            self._receiving = self._uploading = False
-            self._upstream.stream.watch_from_now(self._connection.stream)
-            return
-        except ProtocolError as error:
-            self._upload_failure = Refusal(Reason.BAD_REQUEST, status=error.status)
-        except SpillFailedError as error:
-            self._upload_failure = self._refusal(error, Reason.SPILL_FAILED)
-        except ClientGone as error:
-            self._upload_failure = error
-        scope.cancel(reason="the request can't be completed")
-
-    async def _upload_arriving(self) -> None:
-        downstream = self._downstream
-        while True:
-            framed = self._framed(downstream.take_body())
-            if framed and not await self._send_part(framed):
-                return
-            if downstream.received:
-                return
-            await downstream.receive_body()
-
-    async def _upload_buffered(self, body: Body) -> None:
-        async for part in body.parts():
-            if not await self._send_part(self._framed(part, last=False)):
-                return
-        await self._send_part(self._framed(b""))
-
-    async def _send_part(self, framed: bytes) -> bool:
-        """Send to the target; return whether it still listens."""
-        if self._downstream.response is None:
-            self._await_target()
-        try:
-            # Nothing may wait between framing and this: see UpstreamConnection.send.
-            await self._upstream.send(framed)
-        except trio.BrokenResourceError:
-            return False  # its response may still come
-        return True
-
-    def _await_target(self) -> None:
-        if self._answered:
-            # The timeout is for the head; a buffered body may take its time as any other.
-            self._connection.move_deadline(math.inf, Reason.IDLE)
-        else:
+    def _uploaded(self) -> None:
+        """Note that the target has got all that it will get: now it owes the response."""
+        if not self._answered:
             self._connection.move_deadline(self._response_timeout, Reason.TARGET_TIMEOUT)
+        self._upstream.stream.watch_from_now(self._connection.stream)
 
     # The response
 
@@ -273,9 +220,9 @@ class Relay:
             await trio.lowlevel.checkpoint()
 
     async def _receive(self) -> bytes:
-        return await self._downstream.receive_from(
-            self._upstream.stream, watching=not self._receiving
-        )
+        # While a body is still coming, it is its reader that notices the client's leaving.
+        watching = self._upload is None or not self._upload.reads_client
+        return await self._downstream.receive_from(self._upstream.stream, watching=watching)
 
     def _taken_body(self) -> bytes:
         try:
@@ -289,9 +236,8 @@ class Relay:
         limit = options.max_response_body_size
         if limit and head.length > limit:
             raise Refusal(Reason.RESPONSE_TOO_LARGE)
-        self._answered = True
-        if not self._receiving:
-            self._await_target()
+        # The timeout is for the head; a buffered body may take its time as any other.
+        self._connection.move_deadline(math.inf, Reason.IDLE)
         body = self._connection.server.spill.open(options.max_memory_buffer_size, limit)
         codec = self._upstream.codec
         try:
@@ -304,8 +250,10 @@ class Relay:
             except (ProtocolError, trio.BrokenResourceError) as error:
                 raise TargetFailed(f"response cut short: {error}") from error
             except BODY_ERRORS as error:
-                raise self._refusal(error, Reason.RESPONSE_TOO_LARGE) from error
-            if not self._uploading:
+                raise body_refusal(
+                    self._connection.server.log, error, Reason.RESPONSE_TOO_LARGE
+                ) from error
+            if self._upload is None or not self._upload.running:
                 self._spare()
             await self._send_buffered(self._begin(head, headers), body)
         finally:
@@ -318,7 +266,7 @@ class Relay:
             async for part in body.parts():
                 await downstream.send(downstream.body(part))
         except SpillFailedError as error:
-            raise self._refusal(error, Reason.SPILL_FAILED) from error
+            raise body_refusal(self._connection.server.log, error, Reason.SPILL_FAILED) from error
         await downstream.send(downstream.end())
 
     async def _response_head(self) -> ResponseHead:
@@ -334,6 +282,7 @@ class Relay:
                     silent = silent and not data
                     codec.receive_data(data)
                 elif head.status >= 200:
+                    self._answered = True
                     return head
                 elif head.status == 101:
                     self._check_switch(head)
@@ -341,7 +290,10 @@ class Relay:
                 elif (informational := informational + 1) > _MAX_INFORMATIONAL:
                     raise TargetFailed(f"more than {_MAX_INFORMATIONAL} 1xx responses")
                 else:
+                    waited = self._downstream.awaits_continue
                     await self._downstream.inform(head.status, head.reason, response_headers(head))
+                    if waited and head.status == 100 and self._upload is not None:
+                        self._upload.await_client()
         except (ProtocolError, trio.BrokenResourceError) as error:
             if silent and self._upstream.reused:
                 raise StaleConnection(str(error)) from error
@@ -355,23 +307,5 @@ class Relay:
                 f"switched to {switched.decode('latin-1')!r}, "
                 f"asked for was {self._upgrade.decode('latin-1')!r}"
             )
-        if self._uploading:
+        if self._upload is not None and self._upload.running:
             raise TargetFailed("switched protocols before the request was complete")
-
-    def _refusal(self, error: Exception, too_large: Reason) -> Refusal:
-        return body_refusal(self._connection.server.log, error, too_large)
-
-
-def body_refusal(log: Log, error: Exception, too_large: Reason) -> Refusal:
-    """Return the answer to a body that can't be kept; what is not the peers' fault is logged.
-
-    Args:
-        log: Where.
-        error: One of ``BODY_ERRORS``.
-        too_large: The reason if it was the service's own limit.
-    """
-    if isinstance(error, BodyTooLargeError):
-        return Refusal(too_large)
-    log.error("Body can't be buffered", error=str(error))
-    full = isinstance(error, SpillFullError)
-    return Refusal(Reason.SPILL_FULL if full else Reason.SPILL_FAILED)

@@ -63,6 +63,9 @@ class HttpServer:
         self.trusted_proxies = Networks(options.trusted_proxies)
         self.proxy_protocol_from = Networks(options.proxy_protocol_from)
         self.closing = False
+        #: Requests that wait for the end of a pause, and how many may.
+        self.waiting = 0
+        self.max_waiting = max(1, self._connection_limit() // 2)
         self._connections: set[ClientConnection] = set()
         self._closed = trio.Event()
         self._date = b""
@@ -124,22 +127,21 @@ class HttpServer:
     def _connection_limit(self) -> int:
         """Return how many clients may be connected: each may need a descriptor for its target."""
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = self.options.max_connections
-        possible = max(1, (descriptors - _RESERVED_DESCRIPTORS) // 2)
-        if possible < wanted:
-            self.log.warning(
-                "Fewer client connections than configured: raise the limit of open files",
-                max_connections=wanted,
-                possible=possible,
-                open_files=descriptors,
-            )
-        return min(wanted, possible)
+        return min(self.options.max_connections, max(1, (descriptors - _RESERVED_DESCRIPTORS) // 2))
 
     async def accept(
         self, bound: Sequence[socket.socket], poller: Poller, nursery: trio.Nursery
     ) -> None:
         """Accept connections on all listeners into ``nursery`` until cancelled."""
-        limiter = trio.Semaphore(self._connection_limit())
+        possible = self._connection_limit()
+        if possible < self.options.max_connections:
+            self.log.warning(
+                "Fewer client connections than configured: raise the limit of open files",
+                max_connections=self.options.max_connections,
+                possible=possible,
+                open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            )
+        limiter = trio.Semaphore(possible)
 
         def paused(error: OSError) -> None:
             self.log.error("Accepting connections is paused", port=self.port, error=str(error))

@@ -40,16 +40,15 @@ class ConnectError(Exception):
 class UpstreamConnection:
     """One connection to a target. ``reused`` says whether it has carried a request before.
 
-    ``in_use`` says whether an exchange has it, which must :meth:`release` it.
+    Whoever got it from the pool must :meth:`release` it.
     """
 
-    __slots__ = ("_pool", "_sending", "codec", "idle_since", "in_use", "reused", "stream")
+    __slots__ = ("_pool", "_sending", "codec", "idle_since", "reused", "stream")
 
     def __init__(self, stream: SocketStream, codec: ClientCodec, pool: UpstreamPool) -> None:
         self.stream = stream
         self.codec = codec
         self._pool = pool
-        self.in_use = True
         self.reused = False
         self.idle_since = 0.0
         self._sending = False
@@ -65,10 +64,8 @@ class UpstreamConnection:
         self._sending = False
 
     def release(self) -> None:
-        """Give the connection back after its exchange; again does nothing."""
-        if self.in_use:
-            self.in_use = False
-            self._pool.take_back(self)
+        """Give the connection back after its exchange: once, for another may have it then."""
+        self._pool.take_back(self)
 
     def next_cycle(self) -> bool:
         """Get ready for another request; False if the connection can't be used again."""
@@ -117,7 +114,7 @@ class UpstreamPool:
                     self._close_idle(len(self._idle))  # all others are older still
                 return None
             if connection.stream.is_quiet_nowait():
-                connection.reused = connection.in_use = True
+                connection.reused = True
                 return connection
             connection.stream.close()
         return None

@@ -251,9 +251,14 @@ async def test_a_body_larger_than_the_limit(
     response = await client.receive_response()
 
     assert (response.status, response.informational) == (413, [])
-    assert response.get(b"connection") == [b"close"]
     assert b"<html" in response.body.lower()
-    assert await client.receive_eof() == b""
+    if kind == "with body" and limit == 10:
+        # It was here whole when it was refused.
+        assert response.get(b"connection") == []
+        client.close()
+    else:
+        assert response.get(b"connection") == [b"close"]
+        assert await client.receive_eof() == b""
     assert upstream.peers == []
     (line,) = await proxy.lines.wait_requests(1)
     assert (line["status"], line["reason"], line["target"]) == (413, "request_too_large", "")

@@ -1,0 +1,164 @@
+"""The rest of a request's body on its way to a target that may already be answering.
+
+A task of its own, under a scope of its own: what the response waits for is the connection's
+deadline, and the two must not touch each other's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy.http.bodies import SpillFailedError
+from kamal_proxy.http.codec import ProtocolError
+from kamal_proxy.http.reasons import ClientGone, Reason, Refusal, body_refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kamal_proxy.http.bodies import Body
+    from kamal_proxy.http.connection import ClientConnection
+    from kamal_proxy.http.downstream import Downstream
+    from kamal_proxy.http.upstream import UpstreamConnection
+
+
+class Upload:
+    """The body of one request, from what is not sent yet.
+
+    Args:
+        connection: The client's.
+        downstream: The client's side of the exchange.
+        upstream: The connection to the target.
+        body: The body, if it was read whole; otherwise it is passed on as it comes.
+        response_timeout: Seconds that the target may take nothing before its response begins.
+
+    Attributes:
+        running: Whether something is still to be sent.
+        failure: Why the request can't be completed.
+    """
+
+    __slots__ = (
+        "_body",
+        "_connection",
+        "_downstream",
+        "_reason",
+        "_response_timeout",
+        "_scope",
+        "_stall_timeout",
+        "_upstream",
+        "failure",
+        "running",
+    )
+
+    def __init__(
+        self,
+        connection: ClientConnection,
+        downstream: Downstream,
+        upstream: UpstreamConnection,
+        body: Body | None,
+        response_timeout: float,
+    ) -> None:
+        self._connection = connection
+        self._downstream = downstream
+        self._upstream = upstream
+        self._body = body
+        self._response_timeout = response_timeout
+        self._stall_timeout = connection.server.options.stall_timeout
+        self._scope = trio.CancelScope()
+        self._reason = Reason.BODY_TIMEOUT
+        self.running = True
+        self.failure: Refusal | ClientGone | None = None
+
+    @property
+    def reads_client(self) -> bool:
+        """Whether it is this task that would notice the client's leaving."""
+        return self.running and self._body is None
+
+    async def run(self, done: Callable[[], None], whole: trio.CancelScope) -> None:
+        """Send the body.
+
+        Args:
+            done: Called once all is sent, or the target takes no more.
+            whole: Cancelled if the request can't be completed.
+        """
+        with self._scope:
+            try:
+                if self._body is None:
+                    await self._send_arriving()
+                else:
+                    await self._send_buffered(self._body)
+            except ProtocolError as error:
+                self.failure = Refusal(Reason.BAD_REQUEST, status=error.status)
+            except SpillFailedError as error:
+                log = self._connection.server.log
+                self.failure = body_refusal(log, error, Reason.SPILL_FAILED)
+            except ClientGone as error:
+                self.failure = error
+        if self._scope.cancelled_caught:
+            self.failure = Refusal(self._reason)
+        self.running = False
+        if self.failure is None:
+            done()
+        else:
+            whole.cancel(reason="the request can't be completed")
+
+    def await_client(self) -> None:
+        """Note that the client owes the next part: the target need not answer before."""
+        self._connection.move_deadline(math.inf, Reason.IDLE)
+        self._limit(self._stall_timeout, Reason.BODY_TIMEOUT)
+
+    async def _send_arriving(self) -> None:
+        downstream = self._downstream
+        while True:
+            data = downstream.take_body()
+            if (data or downstream.received) and not await self._send(data):
+                return
+            if downstream.received:
+                return
+            if downstream.awaits_continue:
+                self._scope.deadline = math.inf  # it is the target's turn, or the client's in time
+            else:
+                self.await_client()
+            await downstream.receive_body()
+
+    async def _send_buffered(self, body: Body) -> None:
+        async for part in body.parts():
+            if not await self._send(part, last=False):
+                return
+        await self._send(b"")
+
+    async def _send(self, data: bytes, *, last: bool = True) -> bool:
+        """Send a part to the target; return whether it still listens."""
+        begun = self._downstream.response is not None or math.isinf(self._response_timeout)
+        patience = self._stall_timeout if begun else self._response_timeout
+        self._limit(patience, Reason.TARGET_TIMEOUT)
+        try:
+            # Nothing may wait between framing and this: see UpstreamConnection.send.
+            await self._upstream.send(framed(self._downstream, self._upstream, data, last=last))
+        except trio.BrokenResourceError:
+            return False  # its response may still come
+        return True
+
+    def _limit(self, seconds: float, reason: Reason) -> None:
+        self._scope.deadline = trio.current_time() + seconds
+        self._reason = reason
+
+
+def framed(
+    downstream: Downstream, upstream: UpstreamConnection, data: bytes, *, last: bool = True
+) -> bytes:
+    """Frame a part of a request's body for a target.
+
+    Args:
+        downstream: The client's side, which knows whether the request has arrived whole.
+        upstream: The connection to the target.
+        data: The part.
+        last: Whether nothing comes after it if the request has arrived whole.
+    """
+    codec = upstream.codec
+    part = codec.body(data) if data else b""
+    if last and downstream.received:
+        part += codec.end(downstream.trailers)
+    return part
