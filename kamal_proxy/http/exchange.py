@@ -432,7 +432,10 @@ class Exchange:
         body = service.pages.render(status, message) if service and service.pages else None
         if body is None:
             body = pages.render(status, message)
-        return await self._downstream.answer(status, body, [(b"Content-Type", pages.CONTENT_TYPE)])
+        headers = [(b"Content-Type", pages.CONTENT_TYPE)]
+        # Its place among the connections is wanted for others.
+        crowded = reason is Reason.PAUSE_FULL
+        return await self._downstream.answer(status, body, headers, close=crowded)
 
 
 def _now_milliseconds() -> bytes:
