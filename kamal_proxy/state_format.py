@@ -228,7 +228,10 @@ def _decode_path_timeouts(value: object, where: str) -> tuple[PathTimeout, ...]:
     if not isinstance(value, dict):
         raise StateFormatError(f"{where} must be an object")
     return tuple(
-        PathTimeout(path=path, timeout=max(0.0, _decode_duration(item, f"{where}.{path}")))
+        PathTimeout(
+            path=_decode_text(path, where),
+            timeout=max(0.0, _decode_duration(item, f"{where}.{path}")),
+        )
         for path, item in value.items()
     )
 

@@ -40,6 +40,7 @@ from tests.scripted import (
     Client,
     ConnectionCut,
     Held,
+    Peer,
     Upstream,
     open_client,
     open_upstream,
@@ -192,6 +193,35 @@ async def test_stop_lets_requests_finish(upstream: Upstream) -> None:
             assert response.body == b"held"
             assert response.get(b"connection") == [b"close"]
             await client.wait_closed()
+
+
+async def test_stop_takes_no_longer_than_it_may(
+    upstream: Upstream, mock_clock: trio.testing.MockClock
+) -> None:
+    """A little less: who asked for it in time often ends the process when the time is over."""
+    ended = trio.Event()
+    upstream.script(Peer.wait_closed)
+    options = attrs.evolve(RUN, shutdown_timeout=10)
+    async with trio.open_nursery() as nursery:
+        proxy = Proxy(options, log=lambda line: None)
+
+        async def run(*, task_status: trio.TaskStatus[Any]) -> None:
+            await proxy.run(task_status=task_status)
+            ended.set()
+
+        await nursery.start(run)
+        await proxy.deploy(upstream.options())
+        async with open_client(proxy.http_port) as client:
+            # The rest of its body never comes, and so nothing of it ends by itself.
+            await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nbody")
+            await upstream.wait_peers(1)
+            start = trio.current_time()
+            proxy.stop()
+            mock_clock.autojump_threshold = 0.05  # for sockets to do what they do
+            assert (await client.receive_response()).status == 503
+            assert 8 <= trio.current_time() - start <= 9
+            await ended.wait()
+            assert 9 <= trio.current_time() - start < 10
 
 
 async def test_a_port_in_use_comes_out_of_start_as_it_is() -> None:

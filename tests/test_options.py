@@ -118,6 +118,36 @@ def test_texts_that_are_no_hosts(host: str, why: str) -> None:
     assert refusal(ServiceOptions(hosts=("ok.com", host))) == f"host '{host}' {why}"
 
 
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("a b", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("a\r\nSet-Cookie: b=c", "must be a bare host name, without scheme or port"),
+        ("a\r\nb", "is not a valid host name (such as app.example.com or *.example.com)"),
+        ("example.com:8080", "must be a bare host name, without scheme or port"),
+        ("http://example.com/", "must be a bare host name, without scheme or port"),
+        ("a,b", "is not a host name; give each host on its own"),
+        ("*.example.com", "must be one host, not a wildcard"),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_texts_that_are_no_canonical_hosts(host: str, why: str, listed: bool) -> None:
+    options = ServiceOptions(hosts=("*.example.com",) if listed else (), canonical_host=host)
+    assert refusal(options) == f"canonical-host '{host}' {why}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Host", "content-length", "Transfer-Encoding", "Connection", "Expect", "TE", "Upgrade",
+     "Trailer", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Request-ID", "X-Request-Start"],
+)  # fmt: skip
+def test_fields_that_tell_no_client_address(name: str) -> None:
+    assert refusal(ServiceOptions(client_ip_header=name)) == (
+        f"client-ip-header '{name}' has another meaning; name the header in which your CDN or "
+        "balancer tells the client's address"
+    )
+
+
 def test_a_service_has_at_most_so_many_hosts() -> None:
     hosts = tuple(f"h{number}" for number in range(1001))
     ServiceOptions(hosts=hosts[:1000]).validate()

@@ -171,6 +171,31 @@ def test_zero_that_can_be_meant_is_kept() -> None:
     assert service.pause == SavedPause(state="paused")
 
 
+def test_sizes_and_timeouts_below_zero_mean_zero() -> None:
+    """As the Go proxy has it: no limit, no memory, no timeout."""
+    (service,) = decode(
+        document(
+            {
+                "name": "app",
+                "target_options": {
+                    "max_memory_buffer_size": -100,
+                    "max_request_body_size": -1,
+                    "max_response_body_size": -(2**63),
+                    "path_timeouts": {"/slow": -5, "/": 10**9},
+                },
+            }
+        )
+    )
+    options = service.target_options
+    assert (options.max_memory_buffer_size, options.max_request_body_size) == (0, 0)
+    assert options.max_response_body_size == 0
+    assert options.path_timeouts == (
+        PathTimeout(path="/slow", timeout=0),
+        PathTimeout(path="/", timeout=1),
+    )
+    options.validate()
+
+
 def test_unknown_keys_survive_at_every_level() -> None:
     service = {
         "name": "app",
@@ -219,6 +244,35 @@ def test_what_go_escapes_is_escaped_and_a_lone_surrogate_replaced() -> None:
     content = encode([SavedService(name="app", pause=pause)])
     assert rb'"\u003c\u0026\u003e\u2028\u2029\u0000' + "\ufffdé".encode() + b'"' in content
     assert decode(content)[0].pause.stop_message == "<&>\u2028\u2029\x00\ufffdé"
+
+
+LONE = "a\ud800b"
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        {"name": LONE},
+        {"options": {"hosts": [LONE]}},
+        {"options": {"path_prefixes": ["/" + LONE]}},
+        {"options": {"canonical_host": LONE}},
+        {"options": {"client_ip_header": LONE}},
+        {"options": {"error_page_path": "/" + LONE}},
+        {"options": {"exclude_metrics_paths": [LONE]}},
+        {"target_options": {"health_check_config": {"path": "/" + LONE}}},
+        {"target_options": {"health_check_config": {"host": LONE}}},
+        {"target_options": {"log_request_headers": [LONE]}},
+        {"target_options": {"path_timeouts": {"/" + LONE: 1}}},
+        {"pause_controller": {"state": 2, "stop_message": LONE}},
+        {"rollout_controller": {"allowlist": [LONE]}},
+    ],
+)
+def test_a_lone_surrogate_is_replaced_when_it_is_read(service: dict[str, Any]) -> None:
+    """It fits into no header, log line, metric or answer."""
+    (read,) = decode(document({"name": "app"} | service))
+    known = str(attrs.evolve(read, extra={}))
+    assert "\\ud800" not in known
+    assert "a\ufffdb" in known
 
 
 WRONG = [

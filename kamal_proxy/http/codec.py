@@ -38,6 +38,9 @@ _NOT_IN_TRAILERS = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        b"x-kamal-target",
+        b"x-request-id",
+        b"x-request-start",
     }
 )
 
@@ -143,7 +146,7 @@ class _Messages:
             self.trailers = [
                 (raw, value)
                 for lower, raw, value in _headers(event.headers)
-                if lower not in _NOT_IN_TRAILERS and not lower.startswith(b"x-forwarded-")
+                if _may_be_trailer(lower)
             ]
         return None
 
@@ -423,6 +426,12 @@ def _ascii_target(data: bytes) -> bytes:
         return data
     method, space, target = data[:end].partition(b" ")
     return method + space + quote_from_bytes(target, safe=_ASCII).encode() + data[end:]
+
+
+def _may_be_trailer(name: bytes) -> bool:
+    # Servers that turn names into variables take an underscore for a hyphen.
+    name = name.replace(b"_", b"-")
+    return name not in _NOT_IN_TRAILERS and not name.startswith(b"x-forwarded-")
 
 
 class _Fields(Protocol):

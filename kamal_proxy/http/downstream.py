@@ -13,6 +13,7 @@ import trio
 
 from kamal_proxy.http import pages
 from kamal_proxy.http.codec import ProtocolError
+from kamal_proxy.http.headers import is_lookalike
 from kamal_proxy.http.reasons import ClientGone, Reason
 from kamal_proxy.sockets import READ_SIZE
 
@@ -34,7 +35,7 @@ class Downstream:
         status: Status of the response, once it has begun.
         response: Its header fields, once they were sent.
         sent: Bytes of response body.
-        hidden: Lower-case names of request header fields that no target must see.
+        hidden: Lower-case name of a field that no target must see among the trailers, if any.
         is_cut: Whether something was sent in part only: nothing else can be said any more.
     """
 
@@ -64,7 +65,7 @@ class Downstream:
         self.status = 0
         self.response: HeaderPairs | None = None
         self.sent = 0
-        self.hidden: frozenset[bytes] = frozenset()
+        self.hidden = b""
         self.is_cut = False
 
     # The request's body
@@ -79,7 +80,7 @@ class Downstream:
         """The request's trailers that a target may see, once it has arrived whole."""
         trailers = self._codec.trailers
         if trailers and self.hidden:
-            return [pair for pair in trailers if pair[0].lower() not in self.hidden]
+            return [pair for pair in trailers if not is_lookalike(pair[0].lower(), self.hidden)]
         return trailers
 
     def take_body(self) -> bytes:

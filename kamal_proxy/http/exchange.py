@@ -23,6 +23,7 @@ from kamal_proxy.http.downstream import Downstream
 from kamal_proxy.http.forwarded import nearest_untrusted
 from kamal_proxy.http.headers import (
     forwarded_chain,
+    is_lookalike,
     request_headers,
     response_headers,
     upgrade_response_headers,
@@ -352,12 +353,13 @@ class Exchange:
     ) -> bytes:
         """Write the head of the request."""
         connection, head, body = self._connection, self._head, admission.body
+        client_ip = self._downstream.hidden = service.client_ip_header
         hidden = _NOTHING
-        if service.client_ip_header and not connection.believed:
-            # Servers that turn names into variables take an underscore for a hyphen.
-            lookalike = service.client_ip_header.replace(b"-", b"_")
-            hidden = frozenset({service.client_ip_header, lookalike})
-        self._downstream.hidden = hidden
+        if client_ip:
+            # What a proxy that is believed adds, its client must not be able to say beside it.
+            told = client_ip if connection.believed else b""
+            names = (name for name, _, _ in head.headers)
+            hidden = frozenset(n for n in names if n != told and is_lookalike(n, client_ip))
         length = None
         if body is not None:
             length = CHUNKED if self._downstream.trailers else body.size
@@ -372,7 +374,7 @@ class Exchange:
             new_start=_now_milliseconds,
             forward=service.forwards_headers and connection.believed,
             vouched=connection.vouched,
-            client_ip_header=service.client_ip_header,
+            client_ip_header=client_ip,
             upgrade=admission.upgrade,
             length=length,
             hidden=hidden,

@@ -52,14 +52,13 @@ _REWRITTEN = frozenset(
         b"x-request-start",
     }
 )
-# Servers that turn names into variables (CGI, WSGI, Rack) take an underscore for a hyphen, and so
-# would believe these.
-_LOOKALIKES = frozenset(
+# With an underscore for any hyphen, too: servers that turn names into variables (CGI, WSGI, Rack)
+# take the one for the other, and so would believe these.
+_REQUEST_DROPPED = frozenset(
     "".join(pair).encode()
-    for name in _REWRITTEN
+    for name in _HOP_BY_HOP | _REWRITTEN | _FRAMING
     for pair in itertools.product(*(("-", "_") if c == "-" else c for c in name.decode()))
 )
-_REQUEST_DROPPED = _HOP_BY_HOP | _REWRITTEN | _LOOKALIKES | _FRAMING
 
 # RFC 9110 8.6: of these, servers may insist on a length even without a body.
 _LENGTH_EXPECTED = frozenset({b"PATCH", b"POST", b"PUT"})
@@ -304,6 +303,11 @@ def request_headers(
     elif length or head.method in _LENGTH_EXPECTED or head.get(b"content-length"):
         pairs.append((b"Content-Length", b"%d" % length))
     return pairs
+
+
+def is_lookalike(name: bytes, other: bytes) -> bool:
+    """Return whether two lower-case names are one to a server that turns them into variables."""
+    return name.replace(b"_", b"-") == other.replace(b"_", b"-")
 
 
 def forwarded_chain(head: RequestHead, client_ip_header: bytes) -> list[str]:

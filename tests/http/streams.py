@@ -111,6 +111,12 @@ class World:
         self.nursery.start_soon(self.serve, stream)
         return client
 
+    async def open_deployment(self, target: str) -> Deployment:
+        """Run another deployment, whose target is reached where that of the first one is."""
+        deployment = _new_deployment(target, self.poller, self.lines)
+        await self.nursery.start(deployment.run)
+        return deployment
+
     def change(self, **changes: Any) -> None:
         """Replace the service by another one, and let those look again who wait for that."""
         before = self.routes.get("app")
@@ -133,6 +139,17 @@ class World:
     @property
     def statuses(self) -> list[int]:
         return [line["status"] for line in self.logged]
+
+
+def _new_deployment(target: str, poller: Poller, lines: Lines) -> Deployment:
+    return Deployment(
+        (target,),
+        health_check=HealthCheckOptions(),
+        probe=_never,
+        connect=lambda host, port: UpstreamPool(poller, host, port, 64 * 1024),
+        log=lines.log(),
+        trusted=True,
+    )
 
 
 @asynccontextmanager
@@ -168,14 +185,7 @@ async def open_world(
         sock.bind(path)
         sock.listen()
         async with running_poller() as poller:
-            deployment = Deployment(
-                ("target:80",),
-                health_check=HealthCheckOptions(),
-                probe=_never,
-                connect=lambda host, port: UpstreamPool(poller, host, port, 64 * 1024),
-                log=lines.log(),
-                trusted=True,
-            )
+            deployment = _new_deployment("target:80", poller, lines)
             service = Service(
                 name="app",
                 options=service_options or ServiceOptions(),

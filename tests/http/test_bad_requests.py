@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from kamal_proxy import StopOptions
 from tests.running import open_embedded
-from tests.scripted import ConnectionCut, ok, open_client
+from tests.scripted import ConnectionCut, ok, open_client, open_upstream
 
 if TYPE_CHECKING:
     from tests.running import Embedded
@@ -535,6 +536,52 @@ async def test_request_after_an_upload_that_was_refused_early(
         assert (response.status, response.get(b"connection")) == (404, [b"close"])
         assert await client.receive_eof() == b""
     assert upstream.requests == []
+    await require_sound(proxy, logged=1)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["404", "503"])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_a_refused_request_that_was_here_whole_keeps_the_connection(
+    proxy: Embedded, upstream: Upstream, framing: str, stopped: bool
+) -> None:
+    """What came of its body is of no use, but the requests behind it are."""
+    status, host = (503, b"stopped.example") if stopped else (404, b"nobody.example")
+    await proxy.deploy(upstream.options(hosts=["a.example"]))
+    async with open_upstream() as other, open_client(proxy.port) as client:
+        await proxy.deploy(other.options("other", hosts=["stopped.example"]))
+        await proxy.proxy.stop_service("other", StopOptions())
+        refused = b"POST / HTTP/1.1\r\nHost: " + host + b"\r\n"
+        if framing == "length":
+            refused += b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED
+        else:
+            refused += CHUNKED + b"\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+
+        await client.send((refused + get()) * 2)
+        for _ in range(2):
+            response = await client.receive_response(b"POST")
+            assert (response.status, response.get(b"connection")) == (status, [])
+            assert (await client.receive_response()).status == 200
+
+        assert [request.target for request in upstream.requests] == [b"/", b"/"]
+        assert other.peers == []
+        await proxy.proxy.remove("other")
+    await require_sound(proxy, logged=4)
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+async def test_malformed_chunks_of_a_refused_request(
+    proxy: Embedded, upstream: Upstream, name: str
+) -> None:
+    """Where it ends can't be known, so that nothing behind it may be served."""
+    await proxy.deploy(upstream.options(hosts=["a.example"]))
+    async with open_client(proxy.port) as client:
+        head = b"POST / HTTP/1.1\r\nHost: nobody.example\r\n" + CHUNKED + b"\r\n"
+        await send_all(client, head + BAD_BODIES[name] + get())
+        response = await client.receive_response(b"POST")
+
+        assert (response.status, response.get(b"connection")) == (404, [b"close"])
+        assert await client.receive_eof() == b""
+    assert upstream.peers == []
     await require_sound(proxy, logged=1)
 
 

@@ -265,6 +265,47 @@ async def test_a_body_larger_than_the_limit(
     assert line["service"] == "web"
 
 
+SWITCHING = b"Connection: Upgrade\r\nUpgrade: x-raw\r\n"
+
+
+@pytest.mark.parametrize("kind", ["length", "chunked"])
+async def test_a_wish_to_switch_is_no_way_around_the_limit(
+    proxy: Embedded, upstream: Upstream, client: Client, kind: str
+) -> None:
+    await deploy(proxy, upstream, max_request_body_size=10)
+    data = LENGTH % 11 if kind == "length" else CHUNKED + chunks(bytes(11))
+
+    await client.send(data.replace(POST, POST + SWITCHING))
+
+    assert (await client.receive_response()).status == 413
+    assert await client.receive_eof() == b""
+    assert upstream.peers == []
+
+
+async def test_a_body_with_a_wish_to_switch_is_buffered_too(
+    proxy: Embedded, upstream: Upstream, client: Client
+) -> None:
+    await deploy(proxy, upstream)
+    switched = b"HTTP/1.1 101 Go\r\n" + SWITCHING + b"\r\nover to you"
+
+    async def serve(peer: Peer) -> None:
+        request = await peer.receive_request()
+        assert request is not None
+        upstream.record(request)
+        await peer.send(switched)
+
+    upstream.script(serve)
+
+    await client.send((LENGTH % len(SMALL)).replace(POST, POST + SWITCHING) + SMALL[:-1])
+    await wait_buffered(proxy, len(SMALL) - 1)
+    assert upstream.peers == []
+    await client.send(SMALL[-1:])
+
+    assert (await client.receive_until(b"over to you")).startswith(b"HTTP/1.1 101 ")
+    (request,) = upstream.requests
+    assert (request.get(b"upgrade"), request.body) == ([b"x-raw"], SMALL)
+
+
 async def test_a_body_larger_than_the_limit_that_is_over(
     proxy: Embedded, upstream: Upstream, client: Client
 ) -> None:
@@ -733,6 +774,44 @@ async def test_the_target_is_free_while_a_slow_client_reads(
 
         assert digest(response.body) == digest(body)
         assert (await slow.get()).body == b"hello"
+
+
+async def test_a_connection_that_was_spared_is_not_given_back_twice(
+    proxy: Embedded, upstream: Upstream
+) -> None:
+    """Another request has it by the time that the first client has got its response."""
+    body = LARGE * 5
+    await deploy(proxy, upstream)
+    go_on = trio.Event()
+
+    async def serve(peer: Peer) -> None:
+        for answer in (body, b"second"):
+            request = await peer.receive_request()
+            assert request is not None
+            upstream.record(request)
+            if answer is not body:
+                await go_on.wait()
+            await peer.send(ok(answer))
+
+    upstream.script(serve)
+    async with (
+        open_client(proxy.port, receive_buffer=65536) as slow,
+        open_client(proxy.port) as quick,
+    ):
+        await slow.send(GET)
+        while is_silent(slow):
+            await wait_all_tasks_blocked()
+        await quick.send(GET)
+        await upstream.wait_requests(2)
+        assert len(upstream.peers) == 1, "the connection was back in the pool"
+        assert proxy.lines.requests == [], "the first client has not got all of it"
+
+        assert digest((await slow.receive_response()).body) == digest(body)
+        await proxy.lines.wait_requests(1)
+        go_on.set()
+
+        assert (await quick.receive_response()).body == b"second"
+        assert (len(upstream.peers), len(upstream.requests)) == (1, 2)
 
 
 STREAMED = {

@@ -219,6 +219,33 @@ async def test_trust_is_a_matter_of_the_connection() -> None:
     assert [line["remote_addr"] for line in proxy.lines.requests] == [LOCALHOST, "198.51.100.1"]
 
 
+@pytest.mark.parametrize("buffered", [False, True], ids=["streamed", "buffered"])
+async def test_there_is_no_way_around_it(buffered: bool) -> None:
+    """Servers may merge trailers into the head, and take an underscore for a hyphen."""
+    own = ["X-Real-Client", "x_real_client", "X-Real_Client", "X_Real-Client"]
+    spoofed = "".join(f"{name}: 198.51.100.1\r\n" for name in own)
+    request = (
+        f"POST / HTTP/1.1\r\nHost: a\r\n{spoofed}X-Other: 1\r\n"
+        f"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n{spoofed}X-Sum: 1\r\n\r\n"
+    ).encode()
+    passed = {b"x-real-client", b"x_real_client", b"x-real_client", b"x_real-client"}
+    async with open_embedded(trusted_proxies=(OTHER,)) as proxy, open_upstream() as upstream:
+        options = upstream.options(buffer_requests=buffered)
+        service = attrs.evolve(options.service_options, client_ip_header="X-Real-Client")
+        await proxy.deploy(attrs.evolve(options, service_options=service))
+        for source in (LOCALHOST, OTHER):
+            async with open_client(proxy.port, source=source) as client:
+                assert (await client.request(request)).status == 200
+    unbelieved, believed = upstream.requests
+    assert passed.isdisjoint(name for name, _ in unbelieved.headers)
+    assert (unbelieved.get(b"x-other"), unbelieved.body) == ([b"1"], b"hi")
+    assert unbelieved.trailers == [(b"x-sum", b"1")]
+    # Its own client can't say it in another spelling, or later.
+    assert passed & {name for name, _ in believed.headers} == {b"x-real-client"}
+    assert believed.get(b"x-real-client") == [b"198.51.100.1"]
+    assert believed.trailers == [(b"x-sum", b"1")]
+
+
 async def test_the_line_of_a_request_without_a_service() -> None:
     async with open_embedded(trusted_proxies=(LOCALHOST,)) as proxy:
         async with open_client(proxy.port) as client:

@@ -68,7 +68,9 @@ SIZES = pytest.mark.parametrize("size", [1, 2, 7, 10_000])
             b"PUT /x?y HTTP/1.1\r\n"
             + HOST
             + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nX-Sum: 1\r\nHost: evil\r\n"
-            + b"Content-Length: 3\r\nX-Forwarded-For: 1.2.3.4\r\nAuthorization: x\r\n\r\n",
+            + b"Content-Length: 3\r\nX-Forwarded-For: 1.2.3.4\r\nAuthorization: x\r\n"
+            + b"X-Kamal-Target: a:1\r\nX-Request-ID: x\r\nX-Request-Start: t=1\r\n"
+            + b"X_Forwarded-For: 1.2.3.4\r\nx-request_id: x\r\nX_Kamal_Target: a:1\r\n\r\n",
             CHUNKED,
             b"body",
             [(b"X-Sum", b"1")],
@@ -167,6 +169,27 @@ def test_refused_chunks(body: bytes, size: int) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"0\r\n\n", b"0\r\nX: a\n\n", b"5\r\nhelloXX0\r\n\r\n", b"5;a\nb\r\nhello\r\n0\r\n\r\n"],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_malformed_chunks_never_become_a_message(body: bytes, together: bool) -> None:
+    """Whoever asks again, to see whether the connection can go on, hears the same."""
+    codec = ServerCodec(LIMIT)
+    more = b"\r\n\r\nGET /smuggled HTTP/1.1\r\n" + HOST + b"\r\n"
+    head = b"PUT / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
+    codec.receive_head_data(head + body + more if together else head)
+    assert codec.next_request() is not None
+    if not together:
+        with pytest.raises(ProtocolError):
+            codec.receive_data(body + more)
+    for _ in range(3):
+        with pytest.raises(ProtocolError):
+            codec.take_body()
+    assert not codec.received
+
+
 def test_a_body_that_ends_early() -> None:
     codec = ServerCodec(LIMIT)
     receive(codec, b"PUT / HTTP/1.1\r\n" + HOST + b"Content-Length: 4\r\n\r\nab", 1000)
@@ -224,6 +247,21 @@ def test_an_old_client_gets_neither_interim_responses_nor_chunks() -> None:
     written = codec.response(200, b"OK", []) + codec.body(b"x") + codec.end([(b"A", b"b")])
     assert written.partition(b"\r\n\r\n")[2] == b"x"
     assert b"transfer-encoding" not in written.lower()
+
+
+def test_what_can_not_be_written_is_a_protocol_error() -> None:
+    bad = [(b"Location", b"a\r\nSet-Cookie: b")]
+    codec = ServerCodec(LIMIT)
+    receive(codec, b"GET / HTTP/1.1\r\n" + HOST + b"\r\n", 1000)
+    with pytest.raises(ProtocolError):
+        codec.informational(103, b"", bad)
+    with pytest.raises(ProtocolError):
+        codec.response(301, b"Moved Permanently", bad)
+    codec.response(200, b"OK", [])
+    with pytest.raises(ProtocolError):
+        codec.end(bad)
+    with pytest.raises(ProtocolError):
+        ClientCodec(LIMIT).request(b"GET", b"/", [(b"Host", b"a\r\nb")])
 
 
 def test_trailers_are_sent() -> None:

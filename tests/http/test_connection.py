@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kamal_proxy import sockets
 from kamal_proxy.http import pages
 from kamal_proxy.http.downstream import GONE_GRACE
 from kamal_proxy.options import ServiceOptions, TargetOptions
@@ -227,6 +228,27 @@ async def test_a_body_that_stalls_after_the_response_has_begun(
         assert ended == [pytest.approx(110)], "the target's connection is closed"
 
 
+async def test_a_body_that_had_stalled_when_the_response_began(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    """The read that waits for it goes on, and so does its time."""
+
+    async def begin(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep(10)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+        await read_all(stream)
+
+    async with world(begin, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(POST % 100 + b"some of it")
+        with trio.fail_after(1000):
+            assert (await read_all(client)).endswith(b"half")
+        assert trio.current_time() - start == pytest.approx(60)
+        assert [(line["status"], line["reason"]) for line in here.logged] == [(200, "body_timeout")]
+
+
 EXPECTING = POST.replace(b"Host", b"Expect: 100-continue\r\nHost")
 
 
@@ -417,6 +439,30 @@ async def test_no_target_timeout(world: Opener, autojump_clock: MockClock) -> No
         await client.aclose()
 
 
+async def test_no_target_timeout_and_a_target_that_takes_nothing(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    """What is sent to it is bounded like all that is sent."""
+
+    async def take_nothing(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    options = TargetOptions(response_timeout=0)
+    size = len(MEGABYTE)  # more than the kernel keeps
+    async with world(
+        take_nothing, target_options=options, stall_timeout=60, max_head_size=2 * size
+    ) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(GET[:-2] + b"X: " + MEGABYTE + b"\r\n\r\n")
+        with trio.fail_after(1000):
+            assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(60)
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.logged[0]["reason"] == "target_timeout"
+
+
 async def test_a_body_may_pause_for_ever(world: Opener, autojump_clock: MockClock) -> None:
     async def answer_slowly(stream: trio.SocketStream) -> None:
         await read_head(stream)
@@ -526,6 +572,28 @@ async def test_a_client_that_leaves_in_the_middle_of_a_body(
         assert here.statuses == [499]
 
 
+async def test_a_client_that_left_before_the_answer_of_an_interruption(
+    world: Opener, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """Nobody looks at the client while its target is being connected to."""
+
+    async def connect(*_: object) -> None:
+        await trio.sleep_forever()
+
+    options = TargetOptions(response_timeout=3)
+    async with world(target_options=options) as here:
+        monkeypatch.setattr(sockets, "connect", connect)
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        await client.aclose()
+        await trio.sleep(3.1)
+        (line,) = here.logged
+        assert (line["status"], line["reason"]) == (499, "client_gone")
+        assert line["resp_content_length"] == 0, "it was not sent"
+        assert here.lines.of("Connection failed") == []
+
+
 # Drains and shutdown
 
 
@@ -563,6 +631,30 @@ async def test_a_drain_deadline_in_the_middle_of_the_answer(
         await client.aclose()
         await wait_all_tasks_blocked()
         assert here.statuses == [200]
+
+
+async def test_a_drain_deadline_in_the_middle_of_an_informational_response(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 60_000 + b"\r\n\r\n"
+
+    async def hint(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(hints * 50)
+        await trio.sleep_forever()
+
+    async with world(hint, stall_timeout=60) as here:
+        client = here.connect()
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.deployment.retire(10)
+        await trio.sleep(11)
+        # Reading makes room for whatever the proxy may still want to say.
+        received = await read_all(client)
+        assert received == (hints * 50)[: len(received)], "cut, and nothing else"
+        assert len(received) % len(hints) > 0
+        await wait_all_tasks_blocked()
+        assert [(line["status"], line["reason"]) for line in here.logged] == [(499, "drained")]
 
 
 async def test_a_drain_waits_for_a_request(world: Opener, autojump_clock: MockClock) -> None:

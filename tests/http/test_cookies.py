@@ -170,6 +170,8 @@ def test_a_target_may_opt_out(
         (b"a=b; Path=x", b"a=b; Path=/app/x"),
         (b"a=b; Path=", b"a=b; Path=/app"),
         (b"a=b; Path", b"a=b; Path=/app"),
+        (b'a=b; Path="/x"; Secure', b"a=b; Path=/app/x; Secure"),
+        (b'a=b; Path="/"', b"a=b; Path=/app"),
         (b"a=b;Path=/x;Secure", b"a=b; Path=/app/x;Secure"),
         (b"a=b; Path=/x; Path=/y; Secure", b"a=b; Path=/app/y; Secure"),
         (b"a=b; Secure; HttpOnly", b"a=b; Secure; HttpOnly; Path=/app"),

@@ -11,7 +11,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.running import open_embedded
-from tests.scripted import open_client, open_upstream, reply, respond
+from tests.scripted import ok, open_client, open_upstream, reply, respond
 
 if TYPE_CHECKING:
     from tests.running import Embedded
@@ -444,6 +444,26 @@ async def test_informational_responses_are_relayed(
     assert (response.informational, response.body) == ([102, 103], b"hi")
     assert b"Link: </a>" in client.received
     assert (old.informational, old.body) == ([], b"hi")
+
+
+async def test_hop_by_hop_headers_of_informational_responses_stay_behind(
+    proxy: Embedded, upstream: Upstream, client: Client
+) -> None:
+    await proxy.deploy(upstream.options())
+    upstream.script(
+        reply(
+            b"HTTP/1.1 103 Early Hints\r\nConnection: close, X-Private\r\nX-Private: 1\r\n"
+            b"Keep-Alive: timeout=1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n"
+            b"Upgrade: h2c\r\nLink: </a>\r\n\r\n" + ok(b"hi")
+        )
+    )
+
+    await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+
+    hints = await client.receive_until(b"\r\n\r\n")
+    assert hints == b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    assert (await client.receive_response()).body == b"hi"
+    assert (await client.get()).body == b"hello"
 
 
 async def test_expect_continue_is_relayed(

@@ -85,6 +85,25 @@ def test_connection_can_not_remove_what_the_proxy_says(name: str) -> None:
     assert made == {**ADDED, "Content-Length": "4"}
 
 
+@pytest.mark.parametrize("forward", [True, False])
+def test_what_looks_like_a_field_of_the_proxy_never_passes(forward: bool) -> None:
+    """To a server that turns names into variables, an underscore is a hyphen."""
+    came = [
+        ("X_Forwarded_For", "6.6.6.6"),
+        ("X-Forwarded_For", "6.6.6.6"),
+        ("x_forwarded-host", "evil"),
+        ("X_FORWARDED_PROTO", "https"),
+        ("X-Request_ID", "evil"),
+        ("X_Request_Start", "t=6"),
+        ("X_Kamal-Target", "evil:1"),
+        ("Content_Length", "6"),
+        ("Transfer_Encoding", "chunked"),
+        ("Proxy_Authorization", "Basic x"),
+        ("X_Own", "1"),
+    ]
+    assert dict(passed_on(*came, forward=forward)) == {**ADDED, "X_Own": "1"}
+
+
 @pytest.mark.parametrize(
     ("forward", "came", "expected"),
     [

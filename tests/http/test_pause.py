@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -16,6 +17,7 @@ from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import ResumedError
 from kamal_proxy.http.downstream import GONE_GRACE
 from kamal_proxy.options import HealthCheckOptions, ServiceOptions, TargetOptions
+from kamal_proxy.router import RoutingTable
 from kamal_proxy.state import SavedPause
 from tests.deploying import run_with_every_cancellation
 from tests.http.streams import GET, World, open_world, read_all, read_head, stay_silent
@@ -107,6 +109,26 @@ async def test_another_pause_moves_the_end_of_the_wait(
         await client.aclose()
 
 
+async def test_a_pause_after_a_body_was_read_has_all_its_time(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    """Between the two pauses the service ran; it was the client that took its time."""
+    options = TargetOptions(buffer_requests=True)
+    async with world(pause=paused(10), target_options=options) as here:
+        client = here.connect()
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbo")
+        await trio.sleep(6)
+        here.change(pause=RUNNING)
+        await trio.sleep(6)
+        here.change(pause=paused(10))
+        start = trio.current_time()
+        await client.send_all(b"dy")
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(10)
+        await client.aclose()
+        assert here.targets == []
+
+
 async def test_paused_again_and_resumed(world: Opener, autojump_clock: MockClock) -> None:
     async with world(pause=paused(10)) as here:
         client = here.connect()
@@ -120,6 +142,40 @@ async def test_paused_again_and_resumed(world: Opener, autojump_clock: MockClock
         here.change(pause=RUNNING)
         assert (await read_head(client)).endswith(b"hello")
         await client.aclose()
+
+
+async def test_those_who_wait_leave_room_for_others(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(pause=paused(100), max_connections=10) as here:
+        service = here.routes.get("app")
+        assert service is not None
+        hosts = ServiceOptions(hosts=("other.test",))
+        other = attrs.evolve(service, name="other", options=hosts, pause=RUNNING)
+        here.routes = RoutingTable({"app": service, "other": other})
+        waiting = [here.connect() for _ in range(5)]
+        for client in waiting:
+            await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        refused, served = here.connect(), here.connect()
+        await refused.send_all(GET)
+        response = await read_all(refused)
+        assert response.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nConnection: close\r\n" in response, "its place is wanted, too"
+        await served.send_all(GET.replace(b"app.test", b"other.test"))
+        assert (await read_head(served)).endswith(b"hello")
+        assert [line.get("reason") for line in here.logged] == ["pause_full", None]
+
+        await waiting.pop().aclose()
+        await trio.sleep(2 * GONE_GRACE)
+        waiting.append(here.connect())
+        await waiting[-1].send_all(GET)
+        await wait_all_tasks_blocked()
+        assert here.statuses == [503, 200, 499], "there is a place to wait in again"
+        here.change(pause=RUNNING)
+        for client in waiting:
+            assert (await read_head(client)).endswith(b"hello")
+            await client.aclose()
 
 
 async def test_stopped_while_requests_wait(world: Opener, autojump_clock: MockClock) -> None:

@@ -118,6 +118,15 @@ async def test_the_absolute_form_is_redirected_to_its_path(
     assert location(response) == b"http://web.test/x?y"
 
 
+async def test_a_question_about_the_whole_server_is_redirected_to_the_host(
+    proxy: Embedded, upstream: Upstream, client: Client
+) -> None:
+    await proxy.deploy(options(upstream, **CANONICAL))
+    response = await client.request(b"OPTIONS * HTTP/1.1\r\nHost: b.test\r\n\r\n")
+    assert location(response) == b"http://web.test"
+    assert upstream.peers == []
+
+
 @pytest.mark.parametrize("method", [b"HEAD", b"POST", b"PUT", b"OPTIONS"])
 async def test_every_method_is_redirected(
     proxy: Embedded, upstream: Upstream, client: Client, method: bytes
