@@ -55,6 +55,9 @@ class InFlight(Protocol):
 class Connections(Protocol):
     """The connections to one target that wait to be used again."""
 
+    def trim(self) -> None:
+        """Close those that have waited for too long; called every now and then."""
+
     def close(self) -> None:
         """Close them all; connections returned later are closed too."""
 
@@ -302,6 +305,7 @@ class Deployment:
                 result = ProbeResult(False, f"internal error: {error!r}", "")
             if self.retired:
                 return
+            target.connections.trim()
             was = target.health.record(result)
             if was is not None:
                 self._log.info(

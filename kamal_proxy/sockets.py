@@ -152,14 +152,23 @@ class SocketStream:
         except OSError as error:
             raise trio.BrokenResourceError(str(error)) from error
 
-    async def send(self, data: bytes) -> None:
-        """Send all of ``data``, waiting while the socket is full."""
+    async def send(
+        self, data: bytes | memoryview, progress: Callable[[], None] | None = None
+    ) -> None:
+        """Send all of ``data``, waiting while the socket is full.
+
+        Args:
+            data: What to send.
+            progress: Called before each wait; the peer has taken something since the last.
+        """
         await self._take_turn()
         sent = self.send_nowait(data)
         if sent == len(data):
             return
         rest = memoryview(data)[sent:]
         while rest:
+            if progress is not None:
+                progress()
             await self.wait_writable()
             rest = rest[self.send_nowait(rest) :]
 

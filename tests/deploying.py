@@ -66,6 +66,9 @@ class Connections:
     port: int
     closed: bool = False
 
+    def trim(self) -> None:
+        assert not self.closed
+
     def close(self) -> None:
         self.closed = True
 

@@ -207,13 +207,14 @@ class Admission:
         limit = options.max_request_body_size
         if limit and self._head.length > limit:
             raise Refusal(Reason.REQUEST_TOO_LARGE)
+        patience = self._server.options.stall_timeout
+        self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
         body = self.body = self._server.spill.open(options.max_memory_buffer_size, limit)
         try:
             await body.write(downstream.take_body_nowait())
             if not downstream.received:
                 await downstream.ask_for_body()
             while not downstream.received:
-                patience = self._server.options.stall_timeout
                 self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
                 await downstream.receive_body()
                 await body.write(downstream.take_body())

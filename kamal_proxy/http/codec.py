@@ -354,15 +354,17 @@ class ClientCodec(_Messages):
         super().__init__()
         self._parser = h11.Connection(h11.CLIENT, max_head_size)
         self._closed = False  # by the target
+        self._heard = False  # something of it since the request
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the target; ``b""`` says that it closed its side."""
         self._closed = self._closed or not data
+        self._heard = self._heard or bool(data)
         super().receive_data(data)
 
     def request(self, method: bytes, target: bytes, headers: HeaderPairs) -> bytes:
         """Write the head of a request; ``headers`` carry its framing."""
-        self.received = False
+        self.received = self._heard = False
         self.trailers = []
         return self._write(h11.Request, method=method, target=target, headers=headers)
 
@@ -373,7 +375,13 @@ class ClientCodec(_Messages):
             ProtocolError: the target sent garbage, too large a head, or closed, or it switched
                 protocols although the request asked for no such thing.
         """
-        event = self._next_event()
+        try:
+            event = self._next_event()
+        except ProtocolError as error:
+            if not self._closed:
+                raise
+            where = "in the middle of" if self._heard else "without"
+            raise ProtocolError(f"closed {where} a response") from error
         if isinstance(event, h11.InformationalResponse | h11.Response) and (
             event.http_version not in (b"1.1", b"1.0")
         ):

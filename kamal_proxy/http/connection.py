@@ -147,6 +147,8 @@ class ClientConnection:
                     usable = usable and self.codec.next_cycle()
                     exchange.finish()
                     self._exchange = None
+                    if self.reason is Reason.CLIENT_GONE:
+                        self.reason = Reason.IDLE  # each pipelined request has its own grace
                     if not usable or self.server.closing:
                         # Only unread bytes make closing dangerous.
                         return not (self.codec.received and self.stream.is_quiet_nowait())

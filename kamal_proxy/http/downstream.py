@@ -131,11 +131,13 @@ class Downstream:
 
     # The response
 
-    async def inform(self, status: int, reason: bytes, headers: HeaderPairs) -> None:
-        """Send a 1xx response."""
+    async def inform(self, status: int, reason: bytes, headers: HeaderPairs) -> bool:
+        """Send a 1xx response; return whether it was the 100 that the client waited for."""
         await self.send(self._codec.informational(status, reason, headers))
-        if status == 100:
-            self.awaits_continue = False
+        if status != 100 or not self.awaits_continue:
+            return False  # it may have sent its body meanwhile
+        self.awaits_continue = False
+        return True
 
     async def switch(self, reason: bytes, headers: HeaderPairs) -> bytes:
         """Send a 101 response; return what the client has sent of the other protocol."""
@@ -175,16 +177,17 @@ class Downstream:
             ClientGone: the client closed or broke the connection, or did not take it.
         """
         try:
-            rest = memoryview(data)[self._stream.send_nowait(data) :]
-            if rest:
+            sent = self._stream.send_nowait(data)
+            if sent < len(data):
                 self.is_cut = True
+                stall = self._server.options.stall_timeout
                 with trio.CancelScope() as scope:
-                    while rest:
+
+                    def progress() -> None:
                         # Anew each time: a client that takes a little at a time has not stalled.
-                        stall = self._server.options.stall_timeout
                         scope.deadline = trio.current_time() + stall
-                        await self._stream.wait_writable()
-                        rest = rest[self._stream.send_nowait(rest) :]
+
+                    await self._stream.send(memoryview(data)[sent:], progress)
                 if scope.cancelled_caught:
                     raise ClientGone(Reason.CLIENT_STALLED)
                 self.is_cut = False

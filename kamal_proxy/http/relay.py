@@ -140,6 +140,7 @@ class Relay:
         """Send the rest of the request body while the response may already be coming."""
         head: ResponseHead | None = None
         failure: Exception | None = None
+        complete = False
         upload = self._upload = Upload(
             self._connection, self._downstream, self._upstream, body, self._response_timeout
         )
@@ -147,11 +148,12 @@ class Relay:
             nursery.start_soon(upload.run, self._uploaded, nursery.cancel_scope)
             try:
                 head = await self._download()
+                complete = True
             except (TargetFailed, StaleConnection, ClientGone, Refusal, ProtocolError) as error:
                 # A nursery would wrap it in a group.
                 failure = error
             nursery.cancel_scope.cancel(reason="the response is complete")
-        if upload.failure is not None:
+        if upload.failure is not None and not complete:
             raise upload.failure
         if failure is not None:
             raise failure
@@ -171,8 +173,6 @@ class Relay:
         if head.status == 101:
             return head
         headers = self._adapt(head)
-        if self._connection.server.closing:
-            headers = [*headers, (b"Connection", b"close")]
         codec = self._upstream.codec
         first = b""
         if self._options.buffer_responses and not is_streamed(head):
@@ -208,6 +208,9 @@ class Relay:
         return None
 
     def _begin(self, head: ResponseHead, headers: HeaderPairs) -> bytes:
+        if self._connection.server.closing or not self._downstream.received:
+            # Nobody will read the rest of the request.
+            headers = [*headers, (b"Connection", b"close")]
         try:
             return self._downstream.begin(head.status, head.reason, headers)
         except ProtocolError as error:
@@ -290,9 +293,10 @@ class Relay:
                 elif (informational := informational + 1) > _MAX_INFORMATIONAL:
                     raise TargetFailed(f"more than {_MAX_INFORMATIONAL} 1xx responses")
                 else:
-                    waited = self._downstream.awaits_continue
-                    await self._downstream.inform(head.status, head.reason, response_headers(head))
-                    if waited and head.status == 100 and self._upload is not None:
+                    told = await self._downstream.inform(
+                        head.status, head.reason, response_headers(head)
+                    )
+                    if told and self._upload is not None:
                         self._upload.await_client()
         except (ProtocolError, trio.BrokenResourceError) as error:
             if silent and self._upstream.reused:

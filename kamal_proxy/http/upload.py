@@ -105,8 +105,7 @@ class Upload:
             whole.cancel(reason="the request can't be completed")
 
     def await_client(self) -> None:
-        """Note that the client owes the next part: the target need not answer before."""
-        self._connection.move_deadline(math.inf, Reason.IDLE)
+        """Note that the client owes the next part."""
         self._limit(self._stall_timeout, Reason.BODY_TIMEOUT)
 
     async def _send_arriving(self) -> None:
@@ -131,17 +130,23 @@ class Upload:
 
     async def _send(self, data: bytes, *, last: bool = True) -> bool:
         """Send a part to the target; return whether it still listens."""
-        begun = self._downstream.response is not None or math.isinf(self._response_timeout)
-        patience = self._stall_timeout if begun else self._response_timeout
-        self._limit(patience, Reason.TARGET_TIMEOUT)
         try:
             # Nothing may wait between framing and this: see UpstreamConnection.send.
-            await self._upstream.send(framed(self._downstream, self._upstream, data, last=last))
+            part = framed(self._downstream, self._upstream, data, last=last)
+            await self._upstream.send(part, self._await_target)
         except trio.BrokenResourceError:
             return False  # its response may still come
         return True
 
+    def _await_target(self) -> None:
+        """Note that the target has to take something: anew each time, for a slow one goes on."""
+        begun = self._downstream.response is not None or math.isinf(self._response_timeout)
+        patience = self._stall_timeout if begun else self._response_timeout
+        self._limit(patience, Reason.TARGET_TIMEOUT)
+
     def _limit(self, seconds: float, reason: Reason) -> None:
+        # Until all is sent, the target need not answer, however long that takes as a whole.
+        self._connection.move_deadline(math.inf, Reason.IDLE)
         self._scope.deadline = trio.current_time() + seconds
         self._reason = reason
 

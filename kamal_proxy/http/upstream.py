@@ -19,6 +19,8 @@ from kamal_proxy import sockets
 from kamal_proxy.http.codec import ClientCodec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kamal_proxy.sockets import Poller, SocketStream
 
 MAX_IDLE = 100  # connections per target
@@ -53,14 +55,14 @@ class UpstreamConnection:
         self.idle_since = 0.0
         self._sending = False
 
-    async def send(self, data: bytes) -> None:
-        """Send what the codec has framed.
+    async def send(self, data: bytes, progress: Callable[[], None] | None = None) -> None:
+        """Send what the codec has framed; see :meth:`SocketStream.send`.
 
         Nothing may wait between the framing and this call: only from here on is it known that the
         target still lacks what the codec believes it has.
         """
         self._sending = True
-        await self.stream.send(data)
+        await self.stream.send(data, progress)
         self._sending = False
 
     def release(self) -> None:
@@ -141,12 +143,14 @@ class UpstreamPool:
         if self._closed or not connection.next_cycle():
             connection.stream.close()
             return
-        now = trio.current_time()
-        connection.idle_since = now
+        connection.idle_since = trio.current_time()
         self._idle.append(connection)
-        while self._idle and (
-            len(self._idle) > MAX_IDLE or now - self._idle[0].idle_since > MAX_IDLE_AGE
-        ):
+        self.trim()
+
+    def trim(self) -> None:
+        """Close the idle connections that are too many or too old."""
+        oldest = trio.current_time() - MAX_IDLE_AGE
+        while self._idle and (len(self._idle) > MAX_IDLE or self._idle[0].idle_since < oldest):
             self._idle.popleft().stream.close()
 
     def close(self) -> None:

@@ -117,6 +117,31 @@ async def test_a_long_upload_is_not_a_stall(world: Opener, autojump_clock: MockC
 
 
 @PLACES
+async def test_a_target_that_takes_a_body_slowly_but_steadily(
+    world: Opener, memory: int, autojump_clock: MockClock
+) -> None:
+    """The timeout is for the response; it begins when all of the request was sent."""
+    taken = 0
+
+    async def slow(stream: trio.SocketStream) -> None:
+        nonlocal taken
+        head = await read_head(stream)
+        taken = len(head.partition(b"\r\n\r\n")[2])
+        while taken < SIZE:
+            await trio.sleep(2)
+            taken += len(await stream.receive_some(64 * 1024))
+        await stream.send_all(HELLO)
+
+    async with world(slow, target_options=buffering(memory, timeout=10)) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all(POST % SIZE + bytes(SIZE))
+        assert (await read_head(client)).endswith(b"hello")
+        assert trio.current_time() - start > 15
+        assert taken == SIZE
+
+
+@PLACES
 async def test_the_target_timeout_ends_with_the_head(
     world: Opener, memory: int, autojump_clock: MockClock
 ) -> None:

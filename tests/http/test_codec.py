@@ -466,3 +466,23 @@ def test_is_never_laxer_than_h11(data: bytes) -> None:
         request.http_version,
     )
     assert [(name, value) for name, _, value in head.headers] == list(request.headers)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"", "closed without a response"),
+        (b"HTTP/1.1 200 OK\r\nContent-", "closed in the middle of a response"),
+        (b"nonsense\r\n\r\n", "illegal status line"),
+    ],
+)
+def test_a_target_that_closes_is_described_in_words(said: bytes, reason: str) -> None:
+    codec = ClientCodec(LIMIT)
+    codec.request(b"GET", b"/", [(b"Host", b"a")])
+    codec.end()
+    codec.receive_data(said or b"")
+    if said and not said.startswith(b"nonsense"):
+        assert codec.next_response() is None
+        codec.receive_data(b"")
+    with pytest.raises(ProtocolError, match=reason):
+        codec.next_response()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -14,7 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy import sockets
 from kamal_proxy.http import pages
-from kamal_proxy.http.downstream import GONE_GRACE
+from kamal_proxy.http.downstream import GONE_GRACE, Downstream
+from kamal_proxy.http.relay import Relay
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause
 from tests.deploying import run_with_every_cancellation
@@ -32,6 +34,8 @@ from tests.pairs import Steps
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kamal_proxy.http.codec import ResponseHead
 
 POST = b"POST /path HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n"
 Opener = Callable[..., AbstractAsyncContextManager[World]]
@@ -845,3 +849,93 @@ def test_cancelled_at_every_step(
         return trio.run(main, clock=MockClock(autojump_threshold=0))
 
     assert run_with_every_cancellation(attempt) > 10
+
+
+# Answers before the request was whole
+
+
+async def test_an_early_answer_says_that_the_connection_ends(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(say_hello) as here:
+        client = here.connect()
+        await client.send_all(POST % 5)
+        await wait_all_tasks_blocked()
+        response = await read_head(client)
+        assert b"\r\nConnection: close\r\n" in response
+        await client.send_all(b"12345" + GET)
+        assert await read_all(client) in (b"", b"hello")
+        await wait_all_tasks_blocked()
+        assert here.statuses == [200]
+
+
+async def test_a_client_that_leaves_with_the_whole_answer_was_served(
+    world: Opener, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is sent before the body is first looked for, and the client's end found."""
+    download = Relay._download
+
+    async def then_leave(self: Relay) -> ResponseHead | None:
+        head = await download(self)
+        client.socket.shutdown(socket.SHUT_WR)
+        return head
+
+    monkeypatch.setattr(Relay, "_download", then_leave)
+
+    async def answer_unasked(stream: trio.SocketStream) -> None:
+        await stream.send_all(HELLO)
+        await read_all(stream)
+
+    async with world(answer_unasked) as here:
+        client = here.connect()
+        await client.send_all(POST % 5)
+        assert (await read_all(client)).endswith(b"hello")
+        await wait_all_tasks_blocked()
+        assert here.statuses == [200]
+        assert "reason" not in here.logged[0]
+
+
+async def test_each_pipelined_request_of_a_half_closed_client_has_its_grace(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async def slowly(stream: trio.SocketStream) -> None:
+        while await read_head(stream):
+            await trio.sleep(0.6 * GONE_GRACE)
+            await stream.send_all(HELLO)
+
+    async with world(slowly) as here:
+        client = here.connect()
+        await client.send_all(GET * 3)
+        client.socket.shutdown(socket.SHUT_WR)
+        assert (await read_all(client)).count(b"hello") == 3
+        await wait_all_tasks_blocked()
+        assert here.statuses == [200] * 3
+
+
+async def test_the_continue_that_came_too_late(
+    world: Opener, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client sends its body while it is being told to; the target's time goes on."""
+    told = Downstream.inform
+
+    async def slowly(self: Downstream, *args: Any) -> bool:
+        await trio.sleep(1)
+        return await told(self, *args)
+
+    monkeypatch.setattr(Downstream, "inform", slowly)
+
+    async def only_continue(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await read_all(stream)
+
+    options = TargetOptions(response_timeout=10)
+    async with world(only_continue, target_options=options, stall_timeout=60) as here:
+        client = here.connect()
+        start = trio.current_time()
+        await client.send_all((POST % 5).replace(b"Host", b"Expect: 100-continue\r\nHost", 1))
+        await trio.sleep(0.5)
+        await client.send_all(b"12345")
+        with trio.fail_after(100):
+            assert b" 504 " in await read_all(client)
+        assert trio.current_time() - start < 15

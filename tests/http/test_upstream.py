@@ -116,6 +116,13 @@ async def test_old_ones_are_closed(place: Place, autojump_clock: MockClock) -> N
     await trio.sleep(MAX_IDLE_AGE + 1)
     assert place.pool.take_idle(MAX_IDLE_AGE) is None
     assert len(place.poller) == 0
+    (await place.used()).release()
+    await trio.sleep(MAX_IDLE_AGE - 1)
+    place.pool.trim()
+    assert len(place.poller) == 1
+    await trio.sleep(2)
+    place.pool.trim()
+    assert len(place.poller) == 0, "nobody has to ask for one"
 
 
 async def test_a_request_that_must_not_be_repeated_wants_a_fresh_one(
