@@ -873,17 +873,24 @@ async def test_a_client_that_leaves_with_the_whole_answer_was_served(
     world: Opener, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer is sent before the body is first looked for, and the client's end found."""
-    download = Relay._download
+    send_head, download = Relay._send_head, Relay._download
+    answered = trio.Event()
+
+    async def wait_for_the_answer(self: Relay, request: bytes) -> None:
+        await send_head(self, request)
+        await answered.wait()
 
     async def then_leave(self: Relay) -> ResponseHead | None:
         head = await download(self)
         client.socket.shutdown(socket.SHUT_WR)
         return head
 
+    monkeypatch.setattr(Relay, "_send_head", wait_for_the_answer)
     monkeypatch.setattr(Relay, "_download", then_leave)
 
     async def answer_unasked(stream: trio.SocketStream) -> None:
         await stream.send_all(HELLO)
+        answered.set()
         await read_all(stream)
 
     async with world(answer_unasked) as here:
