@@ -482,9 +482,11 @@ class RunOptions:
         socket_path: Unix socket of the admin API; ``None`` means there is none.
         head_timeout: Seconds in which the head of a request must arrive once it has begun.
         idle_timeout: Seconds that a client connection may stay open between requests.
-        stall_timeout: Seconds that one read of a request body from a client, or one write of a
-            response to it, may wait for the client.
-        shutdown_timeout: Seconds that requests in flight may take to finish at shutdown.
+        stall_timeout: Seconds that a client may send nothing in the middle of a request body, or
+            take nothing of a response; likewise either side of an upgraded connection, and a target
+            of a request body once its response timeout does not count.
+        shutdown_timeout: Seconds from :meth:`Proxy.stop` to the end; requests in flight have a
+            second and a half less to finish.
         max_head_size: Largest head of a request, and of a response, in bytes.
         max_headers: Most header fields of a request.
         max_connections: Client connections that may be open at once; more wait to be accepted.

@@ -17,7 +17,7 @@ from kamal_proxy.health import TargetState
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kamal_proxy.deployment import Deployment, Target
+    from kamal_proxy.deployment import Deployment, DrainResult, Target
     from kamal_proxy.health import ProbeResult
     from kamal_proxy.logs import Log
 
@@ -42,17 +42,18 @@ class Report:
         """Seconds since it began."""
         return round(trio.current_time() - self._started, 6)
 
-    def __call__(
-        self, event: str, *, in_flight: int = 0, completed: int = 0, cancelled: int = 0
-    ) -> None:
+    def __call__(self, event: str, *, in_flight: int = 0) -> None:
         """Tell a step."""
+        self._tell(Event(event=event, elapsed=self.elapsed, in_flight=in_flight))
+
+    def done(self, result: DrainResult) -> None:
+        """Tell how it ended."""
         self._tell(
             Event(
-                event=event,
+                event="done",
                 elapsed=self.elapsed,
-                in_flight=in_flight,
-                completed=completed,
-                cancelled=cancelled,
+                completed=result.completed,
+                cancelled=result.cancelled,
             )
         )
 

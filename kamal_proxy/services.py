@@ -8,7 +8,7 @@ in the nursery that the proxy gives.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -25,7 +25,7 @@ from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.restoring import restored
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Pages, Service
-from kamal_proxy.state import SavedRollout, StateFile
+from kamal_proxy.state import SavedPause, SavedRollout, StateFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
         RolloutSplit,
         StopOptions,
     )
+
+_MAX_LOADS = 4  # directories of error pages that are read at once
 
 
 class Services:
@@ -75,8 +77,10 @@ class Services:
         self._load_pages = load_pages
         self._metrics = metrics
         self._commit = trio.Lock()
-        # Threads of its own: no slow name service may hold these up.
-        self._files = trio.CapacityLimiter(1)
+        # Threads of their own: neither a slow name service nor a slow directory of error pages
+        # may hold up the state.
+        self._saving = trio.CapacityLimiter(1)
+        self._loading = trio.CapacityLimiter(_MAX_LOADS)
         self._draining: list[tuple[str, Deployment]] = []
         self._nursery: trio.Nursery | None = None
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
@@ -128,7 +132,10 @@ class Services:
         pages = None
         if options.service_options.error_page_path:
             pages = await trio.to_thread.run_sync(
-                self._load_pages, options.service_options.error_page_path, limiter=self._files
+                self._load_pages,
+                options.service_options.error_page_path,
+                abandon_on_cancel=True,
+                limiter=self._loading,
             )
         deployment = self._new_deployment(
             options.service,
@@ -170,7 +177,7 @@ class Services:
             options.service, deployment, options.deployment_options, install, report
         )
         self._log.info("Deployed", **fields)
-        report("done", completed=result.completed, cancelled=result.cancelled)
+        report.done(result)
         return result
 
     async def deploy_rollout(
@@ -209,7 +216,7 @@ class Services:
         self._log.info("Deploying for rollout", service=name, targets=options.targets)
         result = await self._replace(name, deployment, options.deployment_options, install, report)
         self._log.info("Deployed for rollout", service=name, targets=options.targets)
-        report("done", completed=result.completed, cancelled=result.cancelled)
+        report.done(result)
         return result
 
     async def _replace(
@@ -275,7 +282,8 @@ class Services:
             raise ShuttingDownError("the proxy is shutting down")
         if current is None:
             return None
-        return current.active if current.active is not service.active else current.rollout
+        kept = tuple(service.deployments)
+        return next((old for old in current.deployments if old not in kept), None)
 
     # Other changes
 
@@ -318,9 +326,8 @@ class Services:
             ShuttingDownError: the proxy is not running.
         """
         options.validate()
-        return await self._hold(
-            name, options.drain_timeout, progress, state="paused", fail_after=options.max_pause
-        )
+        pause = SavedPause(state="paused", fail_after=options.max_pause)
+        return await self._hold(name, pause, options.drain_timeout, progress)
 
     async def stop_service(
         self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
@@ -330,9 +337,8 @@ class Services:
         Arguments, result and errors are those of :meth:`pause`.
         """
         options.validate()
-        return await self._hold(
-            name, options.drain_timeout, progress, state="stopped", stop_message=options.message
-        )
+        pause = SavedPause(state="stopped", stop_message=options.message)
+        return await self._hold(name, pause, options.drain_timeout, progress)
 
     async def resume(self, name: str) -> None:
         """Serve a paused or stopped service again; requests that wait go on.
@@ -342,7 +348,7 @@ class Services:
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
-        await self._change_pause(name, state="running")
+        await self._change_pause(name, SavedPause())
         self._log.info("Service resumed", service=name)
 
     async def set_rollout(self, name: str, split: RolloutSplit) -> None:
@@ -391,14 +397,14 @@ class Services:
     async def _hold(
         self,
         name: str,
+        pause: SavedPause,
         drain_timeout: float,
         progress: Callable[[Event], None] | None,
-        **pause: Any,
     ) -> DrainResult:
         """Pause or stop a service, and drain what it is serving."""
         report = Report(progress, self._log)
-        service = await self._change_pause(name, **pause)
-        self._log.info(f"Service {service.pause.state}", service=name)
+        service = await self._change_pause(name, pause)
+        self._log.info(f"Service {pause.state}", service=name)
         results: list[DrainResult] = []
         drained = False
 
@@ -419,7 +425,7 @@ class Services:
         result = DrainResult(
             sum(part.completed for part in results), sum(part.cancelled for part in results)
         )
-        report("done", completed=result.completed, cancelled=result.cancelled)
+        report.done(result)
         return result
 
     async def _watch_resumed(self, service: Service, scope: trio.CancelScope) -> None:
@@ -431,12 +437,13 @@ class Services:
         if current is not None:
             scope.cancel(reason="resumed")
 
-    async def _change_pause(self, name: str, **changes: Any) -> Service:
+    async def _change_pause(self, name: str, pause: SavedPause) -> Service:
         self._running()
         async with self._commit:
             before = self._service(name)
-            # The Go proxy goes on saving how long the last pause was.
-            pause = attrs.evolve(before.pause, **({"stop_message": ""} | changes))
+            if pause.state != "paused":
+                # The Go proxy goes on saving how long the last pause was.
+                pause = attrs.evolve(pause, fail_after=before.pause.fail_after)
             service = attrs.evolve(before, pause=pause, released=trio.Event())
             await self._replace_routes(self.routes.with_service(service))
         before.released.set()
@@ -494,7 +501,7 @@ class Services:
         """
         if self._state is not None:
             saved = [service.saved() for service in routes]
-            await trio.to_thread.run_sync(self._state.save, saved, limiter=self._files)
+            await trio.to_thread.run_sync(self._state.save, saved, limiter=self._saving)
         self.routes = routes
 
     # Describing and restoring

@@ -127,7 +127,10 @@ def save_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """
 
     async def run_sync(
-        call: Callable[..., object], *arguments: object, limiter: trio.CapacityLimiter
+        call: Callable[..., object],
+        *arguments: object,
+        limiter: trio.CapacityLimiter,
+        abandon_on_cancel: bool = False,
     ) -> object:
         await trio.lowlevel.checkpoint_if_cancelled()
         result = call(*arguments)

@@ -36,6 +36,30 @@ STOP_LIMIT = 15.0
 
 Line = dict[str, Any]
 
+# What the line of a request that ended well holds after time, level and message, in this order.
+REQUEST_FIELDS = [
+    "host",
+    "port",
+    "path",
+    "request_id",
+    "status",
+    "service",
+    "target",
+    "duration",
+    "method",
+    "req_content_length",
+    "req_content_type",
+    "resp_content_length",
+    "resp_content_type",
+    "client_addr",
+    "client_port",
+    "remote_addr",
+    "user_agent",
+    "proto",
+    "scheme",
+    "query",
+]
+
 
 class Lines:
     """JSON log lines in the order they were written."""

@@ -91,7 +91,7 @@ def run(
     shutdown_timeout: Annotated[
         Duration | None,
         Parameter(
-            help="How long requests in flight may take to finish when the proxy stops "
+            help="How long stopping may take, with the requests in flight "
             f"(default {format_duration(_DEFAULTS.shutdown_timeout)})"
         ),
     ] = None,

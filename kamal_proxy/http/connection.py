@@ -150,12 +150,15 @@ class ClientConnection:
                     if self.reason is Reason.CLIENT_GONE:
                         self.reason = Reason.IDLE  # each pipelined request has its own grace
                     if not usable or self.server.closing:
-                        # Only unread bytes make closing dangerous.
-                        return not (self.codec.received and self.stream.is_quiet_nowait())
+                        return self._must_linger()
             if self.scope.cancelled_caught or self.reason is Reason.SHUTDOWN:
                 return await self._interrupted()
             # Its client was told that the connection goes on.
             self.scope = trio.CancelScope()
+
+    def _must_linger(self) -> bool:
+        """Return whether there may be unread bytes: only these make closing dangerous."""
+        return not (self.codec.received and self.stream.is_quiet_nowait())
 
     async def _introduced(self) -> bool:
         """Read the PROXY protocol header that this peer owes; return whether it was one."""
@@ -189,9 +192,7 @@ class ClientConnection:
                     await self._exchange.interrupted(reason)
                 except (ProtocolError, trio.BrokenResourceError):
                     return False
-                if reason in (Reason.CLIENT_GONE, Reason.CLIENT_STALLED):
-                    return False
-                return not (self.codec.received and self.stream.is_quiet_nowait())
+                return reason is not Reason.CLIENT_GONE and self._must_linger()
             if reason is Reason.HEAD_TIMEOUT:
                 return await self._reject(reason, reason.status)
             if reason is Reason.SHUTDOWN and self.codec.has_partial_head:

@@ -178,7 +178,8 @@ class Relay:
         if self._options.buffer_responses and not is_streamed(head):
             first = self._taken_body()
             limit = self._options.max_response_body_size
-            if limit and len(first) > limit:
+            # A response to HEAD has a length, but no body.
+            if limit and (len(first) if codec.received else head.length) > limit:
                 raise Refusal(Reason.RESPONSE_TOO_LARGE)
             if not codec.received:
                 await self._relay_buffered(head, headers, first)
@@ -235,13 +236,12 @@ class Relay:
 
     async def _relay_buffered(self, head: ResponseHead, headers: HeaderPairs, first: bytes) -> None:
         """Read the response whole, let the target go, then send it to the client."""
-        options = self._options
-        limit = options.max_response_body_size
-        if limit and head.length > limit:
-            raise Refusal(Reason.RESPONSE_TOO_LARGE)
         # The timeout is for the head; a buffered body may take its time as any other.
         self._connection.move_deadline(math.inf, Reason.IDLE)
-        body = self._connection.server.spill.open(options.max_memory_buffer_size, limit)
+        options = self._options
+        body = self._connection.server.spill.open(
+            options.max_memory_buffer_size, options.max_response_body_size
+        )
         codec = self._upstream.codec
         try:
             try:

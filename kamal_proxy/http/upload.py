@@ -130,6 +130,8 @@ class Upload:
 
     async def _send(self, data: bytes, *, last: bool = True) -> bool:
         """Send a part to the target; return whether it still listens."""
+        # Also for what comes without a wait: the limit of an earlier one must not still hold.
+        self._await_target()
         try:
             # Nothing may wait between framing and this: see UpstreamConnection.send.
             part = framed(self._downstream, self._upstream, data, last=last)

@@ -15,33 +15,12 @@ import pytest
 from tests.contract.steps import health, kp, logged, restarted, scripts
 from tests.contract.tables import Row, World, ask, play, row
 from tests.contract.test_metrics import reserved_port
+from tests.running import REQUEST_FIELDS
 
 if TYPE_CHECKING:
     from tests.contract.tables import Step
 
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z")
-REQUEST = [
-    "host",
-    "port",
-    "path",
-    "request_id",
-    "status",
-    "service",
-    "target",
-    "duration",
-    "method",
-    "req_content_length",
-    "req_content_type",
-    "resp_content_length",
-    "resp_content_type",
-    "client_addr",
-    "client_port",
-    "remote_addr",
-    "user_agent",
-    "proto",
-    "scheme",
-    "query",
-]
 STATE = "{directory}/kamal-proxy.state"
 DEPLOYED: dict[str, Any] = {
     "service": "web",
@@ -93,7 +72,7 @@ async def stopped(world: World) -> None:
 async def request_line(world: World) -> None:
     (line,) = await world.proxy.lines.wait_requests(1)
     asked = ["req_cache_control", "req_x_one", "resp_x_two"]
-    assert list(line) == ["time", "level", "msg", *REQUEST, *asked]
+    assert list(line) == ["time", "level", "msg", *REQUEST_FIELDS, *asked]
     assert TIME.fullmatch(line["time"])
     assert line["port"] == world.proxy.port
     assert 0 < line["duration"] < 60e9

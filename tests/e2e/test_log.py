@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.running import open_command
+from tests.running import REQUEST_FIELDS, open_command
 from tests.scripted import ConnectionCut, open_client, reply
 
 if TYPE_CHECKING:
@@ -16,31 +16,7 @@ if TYPE_CHECKING:
     from tests.running import Command
     from tests.scripted import Upstream
 
-KEYS = [
-    "time",
-    "level",
-    "msg",
-    "host",
-    "port",
-    "path",
-    "request_id",
-    "status",
-    "service",
-    "target",
-    "duration",
-    "method",
-    "req_content_length",
-    "req_content_type",
-    "resp_content_length",
-    "resp_content_type",
-    "client_addr",
-    "client_port",
-    "remote_addr",
-    "user_agent",
-    "proto",
-    "scheme",
-    "query",
-]
+KEYS = ["time", "level", "msg", *REQUEST_FIELDS]
 
 
 async def test_request_line(command: Command, upstream: Upstream) -> None:

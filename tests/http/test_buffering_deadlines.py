@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kamal_proxy.http import bodies
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.options import TargetOptions
 from tests.deploying import run_with_every_cancellation
@@ -139,6 +140,37 @@ async def test_a_target_that_takes_a_body_slowly_but_steadily(
         assert (await read_head(client)).endswith(b"hello")
         assert trio.current_time() - start > 15
         assert taken == SIZE
+
+
+@pytest.mark.parametrize("waits_first", [False, True])
+async def test_a_body_that_comes_from_disk_slowly(
+    world: Opener, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, waits_first: bool
+) -> None:
+    """It is no fault of the target, which takes all there is, maybe after a slow start."""
+    batch = 32 * 1024  # which the target's socket takes without a wait
+    monkeypatch.setattr(bodies, "BATCH", batch)
+    size = 20 * batch
+
+    async def slow_disk(call: Callable[[], object], *, limiter: object) -> object:
+        await trio.sleep(1)
+        return await run_at_once(call, limiter=limiter)
+
+    async def take_all(stream: trio.SocketStream) -> None:
+        taken = len((await read_head(stream)).partition(b"\r\n\r\n")[2])
+        if waits_first:
+            await trio.sleep(5)
+        while taken < size:
+            taken += len(await stream.receive_some(1024 * 1024))
+        await stream.send_all(HELLO)
+
+    async with world(take_all, target_options=buffering(1000, timeout=8)) as here:
+        monkeypatch.setattr(trio.to_thread, "run_sync", slow_disk)
+        client = here.connect()
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.send_all, POST % size + bytes(size))
+            assert (await read_head(client)).endswith(b"hello")
+        assert trio.current_time() - start > 20
 
 
 @PLACES

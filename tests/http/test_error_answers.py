@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
+import trio
 
 from kamal_proxy import PauseOptions, StopOptions
 from kamal_proxy.errors import ErrorPagesError
+from kamal_proxy.http.error_pages import ErrorPages, load_error_pages
 from kamal_proxy.options import ServiceOptions
 from tests.running import open_embedded
 from tests.scripted import Held, deploy_options, open_client, reply
@@ -173,3 +176,27 @@ async def test_pages_after_a_restart(
         assert [line["msg"] for line in complaints] == (
             [] if there else ["Service is served with the built-in error pages"]
         )
+
+
+async def test_a_directory_that_hangs_holds_up_nobody_else(
+    upstream: Upstream, pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one on a network file system; its own deploy can be given up at any time."""
+    begun, go_on = trio.Event(), threading.Event()
+
+    def hang(directory: str) -> ErrorPages:
+        trio.from_thread.run_sync(begun.set)
+        go_on.wait(30)  # seconds, lest a failing test hang as well
+        return load_error_pages(directory)
+
+    monkeypatch.setattr("kamal_proxy.proxy.load_error_pages", hang)
+    async with open_embedded(data_directory=tmp_path / "data") as proxy:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(proxy.deploy, options(upstream, pages))
+                await begun.wait()
+                await proxy.deploy(upstream.options("other"))
+                nursery.cancel_scope.cancel()
+        finally:
+            go_on.set()
+        assert [service.name for service in proxy.proxy.services()] == ["other"]
