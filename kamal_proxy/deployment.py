@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from operator import add
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
@@ -18,6 +19,7 @@ import trio
 from kamal_proxy.balancer import RoundRobin
 from kamal_proxy.health import Health, ProbeResult, TargetState
 from kamal_proxy.options import HealthCheckOptions, split_target
+from kamal_proxy.probing import Watch
 
 if TYPE_CHECKING:
     from kamal_proxy.logs import Log
@@ -110,6 +112,10 @@ class DrainResult:
     completed: int = 0
     cancelled: int = 0
 
+    def __add__(self, other: DrainResult) -> DrainResult:
+        """Return how both ended together."""
+        return DrainResult(*map(add, attrs.astuple(self), attrs.astuple(other)))
+
 
 class Deployment:
     """The targets of one deploy.
@@ -138,9 +144,6 @@ class Deployment:
         forced: bool = False,
     ) -> None:
         names = tuple(targets)
-        self._health_check = health_check
-        self._probe = probe
-        self._log = log
 
         def target(name: str, *, read_only: bool) -> Target:
             return Target(
@@ -163,14 +166,18 @@ class Deployment:
         self._reader_turn = RoundRobin()
         self._in_flight: set[InFlight] = set()
         self._drains: list[Drain] = []
-        self._probing = trio.CancelScope()
-        self._healthy = trio.Event()
         self._drained = trio.Event()
         self._drain_timeout = math.inf
         self._result = DrainResult()
         self.retired = False
-        #: Told about each probe while somebody waits for health.
-        self.on_probe: Callable[[Target, ProbeResult], None] | None = None
+        #: The probes of its targets.
+        self.watch = Watch(
+            self.targets,
+            health_check,
+            probe,
+            log,
+            on_result=lambda target: target.connections.trim(),
+        )
 
     def __repr__(self) -> str:
         names = ",".join(target.name for target in self.targets)
@@ -200,20 +207,12 @@ class Deployment:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until drained: probe, then drain once retired."""
         try:
-            with self._probing:
-                async with trio.open_nursery() as nursery:
-                    for target in self.targets:
-                        nursery.start_soon(self._watch, target)
-                    task_status.started()
+            await self.watch.run(task_status=task_status)
             self._result = await self.drain(self._drain_timeout)
         finally:
             for target in self.targets:
                 target.connections.close()
             self._drained.set()
-
-    async def wait_until_healthy(self) -> None:
-        """Wait until every target has answered a probe."""
-        await self._healthy.wait()
 
     def choose(self, avoid: set[Target], *, reading: bool = False) -> Target | None:
         """Return the target for a request, or None when none is in rotation.
@@ -249,7 +248,7 @@ class Deployment:
         """
         self.retired = True
         self._drain_timeout = drain_timeout
-        self._probing.cancel(reason="retired")
+        self.watch.stop()
 
     @property
     def drained(self) -> bool:
@@ -293,34 +292,3 @@ class Deployment:
             drain.called_off = True
             self._drains.remove(drain)
         return DrainResult(concerned - len(drain._cut), len(drain._cut))
-
-    async def _watch(self, target: Target) -> None:
-        while True:
-            started = trio.current_time()
-            last = target.health.last
-            try:
-                result = await self._probe(target, self._health_check)
-            except Exception as error:  # a bug must cost one probe, not the proxy
-                self._log.error("Probe failed", target=target.name, error=repr(error))
-                result = ProbeResult(False, f"internal error: {error!r}", "")
-            if self.retired:
-                return
-            target.connections.trim()
-            was = target.health.record(result)
-            if was is not None:
-                self._log.info(
-                    "Target health updated",
-                    target=target.name,
-                    state=target.health.state,
-                    was=was,
-                )
-            if not result.ok:
-                # Said once, not once a second for as long as a target is down.
-                changed = last is None or last.ok or last.reason != result.reason
-                say = self._log.info if changed else self._log.debug
-                say("Healthcheck failed", url=result.url, error=result.reason)
-            if self.on_probe is not None:
-                self.on_probe(target, result)
-            if all(t.health.state is TargetState.HEALTHY for t in self.targets):
-                self._healthy.set()
-            await trio.sleep_until(started + target.health.delay())

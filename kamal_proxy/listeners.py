@@ -59,7 +59,7 @@ def listen_tcp(bind: str, port: int) -> socket.socket:
         family, address = _listen_address(bind, port)
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise ListenError(f"listen tcp {name}: {_reason(error)}") from error
+        raise ListenError(f"listen tcp {name}: {reason(error)}") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -69,13 +69,8 @@ def listen_tcp(bind: str, port: int) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        hint = ""
-        if error.errno == errno.EACCES and 0 < port < 1024:
-            hint = (
-                " (ports below 1024 need the capability CAP_NET_BIND_SERVICE or the sysctl "
-                f"net.ipv4.ip_unprivileged_port_start={port}; or choose another port)"
-            )
-        raise ListenError(f"listen tcp {name}: bind: {_reason(error)}{hint}") from error
+        hint = privilege_hint(error, port)
+        raise ListenError(f"listen tcp {name}: bind: {reason(error)}{hint}") from error
     return sock
 
 
@@ -90,8 +85,22 @@ def _listen_address(bind: str, port: int) -> tuple[socket.AddressFamily, tuple[o
     return socket.AF_INET, ("0.0.0.0", port)  # noqa: S104  # all addresses is what was asked for
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """Say what went wrong in words: ``address already in use``."""
     return (error.strerror or str(error)).lower()
+
+
+def privilege_hint(error: OSError, port: int) -> str:
+    """Return what to do about a port that only privileged processes may bind, in brackets.
+
+    Empty if that is not why binding it failed.
+    """
+    if error.errno == errno.EACCES and 0 < port < 1024:
+        return (
+            " (ports below 1024 need the capability CAP_NET_BIND_SERVICE or the sysctl "
+            f"net.ipv4.ip_unprivileged_port_start={port}; or choose another port)"
+        )
+    return ""
 
 
 @contextlib.contextmanager
@@ -115,7 +124,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
             sock.listen(BACKLOG)
             identity = path.stat()
         except OSError as error:
-            raise ControlSocketError(f"listen unix {path}: bind: {_reason(error)}") from error
+            raise ControlSocketError(f"listen unix {path}: bind: {reason(error)}") from error
         try:
             yield sock
         finally:
@@ -133,7 +142,7 @@ def _remove_stale_socket(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ControlSocketError(f"listen unix {path}: {_reason(error)}") from error
+        raise ControlSocketError(f"listen unix {path}: {reason(error)}") from error
     if not stat.S_ISSOCK(mode):
         raise ControlSocketError(f"listen unix {path}: a file that is not a socket is in the way")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -146,7 +155,7 @@ def _remove_stale_socket(path: Path) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise ControlSocketError(f"listen unix {path}: {_reason(error)}") from error
+            raise ControlSocketError(f"listen unix {path}: {reason(error)}") from error
     raise ControlSocketError(
         f"listen unix {path}: another kamal-proxy is running; stop it first, or set "
         "KAMAL_PROXY_SOCKET to another path"

@@ -15,21 +15,32 @@ from typing import TYPE_CHECKING
 import attrs
 
 from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+from kamal_proxy.rules import (
+    MAX_NAME,
+    is_path,
+    require_address,
+    require_between,
+    require_network,
+    require_not_negative,
+    require_path,
+    require_port,
+    require_positive,
+    require_service_name,
+    target_port,
+    texts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-MAX_NAME = 255
 MAX_HOSTS = 1000
 
 # The original's pattern, ASCII only: a name or IPv4 address of two characters or more.
 _TARGET = re.compile(r"([A-Za-z0-9_][-_.A-Za-z0-9+]+)(?::([0-9]+))?", re.ASCII)
-_SERVICE_NAME = re.compile(r"[!-.0-~]+")  # printable ASCII without space and slash
 _HOST = re.compile(
     r"(?:\*\.)?[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*\.?",
     re.IGNORECASE,
 )
-_PATH = re.compile(r"/[^\x00-\x20\x7f?#]*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 # Fields that frame a request or say where it goes.
 _NO_CLIENT_IP = frozenset(
@@ -39,25 +50,20 @@ _NO_CLIENT_IP = frozenset(
 _HEADER_HOST = re.compile(r"[^\x00-\x20\x7f/?#@]+")
 
 
-def _texts(values: Iterable[str] | None) -> tuple[str, ...]:
-    """Normalise a list of texts; the Go proxy writes null for some empty lists."""
-    return () if values is None else tuple(values)
-
-
 def _hosts(values: Iterable[str] | None) -> tuple[str, ...]:
     """Normalise hosts: none, or the original's single empty host, means every host."""
-    hosts = _texts(values)
+    hosts = texts(values)
     return () if hosts == ("",) else hosts
 
 
 def _addresses(values: Iterable[str] | str | None) -> tuple[str, ...]:
     """Normalise addresses; a single one may be given as it is, and none means all."""
-    return tuple(filter(None, (values,) if isinstance(values, str) else _texts(values)))
+    return tuple(filter(None, (values,) if isinstance(values, str) else texts(values)))
 
 
 def _path_prefixes(values: Iterable[str] | None) -> tuple[str, ...]:
     """Normalise prefixes to a slash and the trimmed rest; none means the root."""
-    return tuple(map(_path_prefix, _texts(values))) or ("/",)
+    return tuple(map(_path_prefix, texts(values))) or ("/",)
 
 
 def _path_prefix(value: str) -> str:
@@ -74,10 +80,7 @@ def split_target(target: str) -> tuple[str, int]:
     if match is None:
         raise InvalidOptionsError(f"{target} :invalid host pattern")
     host, port = match.groups()
-    number = 80 if port is None else int(port.lstrip("0")[:6] or 0)
-    if not 1 <= number <= 65535:
-        raise InvalidOptionsError(f"target {target}: port must be from 1 to 65535")
-    return host, number
+    return host, 80 if port is None else target_port(target, port)
 
 
 @attrs.frozen(kw_only=True)
@@ -100,13 +103,10 @@ class HealthCheckOptions:
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
-        if not _PATH.fullmatch(self.path if self.path.startswith("/") else "/" + self.path):
-            raise InvalidOptionsError(
-                f"health-check-path '{self.path}' must be a path without spaces, ? or #"
-            )
-        _require_port("health-check-port", self.port, lowest=0)
-        _require_positive("health-check-interval", self.interval)
-        _require_positive("health-check-timeout", self.timeout)
+        require_path("health-check-path", self.path)
+        require_port("health-check-port", self.port, lowest=0)
+        require_positive("health-check-interval", self.interval)
+        require_positive("health-check-timeout", self.timeout)
         if self.host and not _HEADER_HOST.fullmatch(self.host):
             raise InvalidOptionsError(f"health-check-host '{self.host}' is not a valid host")
 
@@ -125,12 +125,12 @@ class PathTimeout:
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
-        if not _PATH.fullmatch(self.path):
+        if not is_path(self.path):
             raise InvalidOptionsError(
                 f"path-timeout '{self.path}' must begin with a path without spaces, ? or #, "
                 "such as /reports=5m"
             )
-        _require_not_negative(f"path-timeout of {self.path}", self.timeout)
+        require_not_negative(f"path-timeout of {self.path}", self.timeout)
 
 
 @attrs.frozen(kw_only=True)
@@ -165,8 +165,8 @@ class TargetOptions:
     max_memory_buffer_size: int = 1024 * 1024
     max_request_body_size: int = 0
     max_response_body_size: int = 0
-    log_request_headers: tuple[str, ...] = attrs.field(default=(), converter=_texts)
-    log_response_headers: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    log_request_headers: tuple[str, ...] = attrs.field(default=(), converter=texts)
+    log_response_headers: tuple[str, ...] = attrs.field(default=(), converter=texts)
     forward_headers: bool | None = None
     scope_cookie_paths: bool = False
     path_timeouts: tuple[PathTimeout, ...] = ()
@@ -175,13 +175,13 @@ class TargetOptions:
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
         self.health_check.validate()
-        _require_not_negative("websocket-idle-timeout", self.websocket_idle_timeout)
+        require_not_negative("websocket-idle-timeout", self.websocket_idle_timeout)
         for limit in self.path_timeouts:
             limit.validate()
-        _require_not_negative("target-timeout", self.response_timeout)
-        _require_not_negative("buffer-memory", self.max_memory_buffer_size)
-        _require_not_negative("max-request-body", self.max_request_body_size)
-        _require_not_negative("max-response-body", self.max_response_body_size)
+        require_not_negative("target-timeout", self.response_timeout)
+        require_not_negative("buffer-memory", self.max_memory_buffer_size)
+        require_not_negative("max-request-body", self.max_request_body_size)
+        require_not_negative("max-response-body", self.max_response_body_size)
         for option, names in (
             ("log-request-header", self.log_request_headers),
             ("log-response-header", self.log_response_headers),
@@ -222,7 +222,7 @@ class ServiceOptions:
     error_page_path: str = ""
     writer_affinity_timeout: float = 1.0
     read_targets_accept_websockets: bool = False
-    exclude_metrics_paths: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    exclude_metrics_paths: tuple[str, ...] = attrs.field(default=(), converter=texts)
     client_ip_header: str = ""
 
     def validate(self) -> None:
@@ -232,11 +232,8 @@ class ServiceOptions:
         for host in self.hosts:
             _require_host(host)
         for prefix in self.path_prefixes:
-            if not _PATH.fullmatch(prefix):
-                raise InvalidOptionsError(
-                    f"path-prefix '{prefix}' must be a path without spaces, ? or #"
-                )
-        _require_not_negative("writer-affinity-timeout", self.writer_affinity_timeout)
+            require_path("path-prefix", prefix)
+        require_not_negative("writer-affinity-timeout", self.writer_affinity_timeout)
         if self.client_ip_header and not _HEADER_NAME.fullmatch(self.client_ip_header):
             raise InvalidOptionsError(
                 f"client-ip-header '{self.client_ip_header}' is not a valid header name"
@@ -304,8 +301,8 @@ class DeploymentOptions:
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
-        _require_not_negative("deploy-timeout", self.deploy_timeout)
-        _require_not_negative("drain-timeout", self.drain_timeout)
+        require_not_negative("deploy-timeout", self.deploy_timeout)
+        require_not_negative("drain-timeout", self.drain_timeout)
 
 
 @attrs.frozen(kw_only=True)
@@ -319,8 +316,8 @@ class DeployOptions:
     """
 
     service: str
-    targets: tuple[str, ...] = attrs.field(converter=_texts)
-    read_targets: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    targets: tuple[str, ...] = attrs.field(converter=texts)
+    read_targets: tuple[str, ...] = attrs.field(default=(), converter=texts)
     service_options: ServiceOptions = attrs.field(factory=ServiceOptions)
     target_options: TargetOptions = attrs.field(factory=TargetOptions)
     deployment_options: DeploymentOptions = attrs.field(factory=DeploymentOptions)
@@ -332,11 +329,7 @@ class DeployOptions:
             InvalidOptionsError: a value can't work; the sentence names the option and the value.
             NotSupportedYetError: an option of the original whose behaviour is still to come.
         """
-        if not _SERVICE_NAME.fullmatch(self.service) or len(self.service) > MAX_NAME:
-            raise InvalidOptionsError(
-                f"service name '{self.service}' must be 1 to {MAX_NAME} printable ASCII characters "
-                "without spaces or slashes"
-            )
+        require_service_name(self.service)
         _require_targets(self.targets, self.read_targets)
         self.service_options.validate()
         self.target_options.validate()
@@ -361,8 +354,8 @@ class PauseOptions:
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
-        _require_not_negative("drain-timeout", self.drain_timeout)
-        _require_not_negative("max-pause", self.max_pause)
+        require_not_negative("drain-timeout", self.drain_timeout)
+        require_not_negative("max-pause", self.max_pause)
 
 
 @attrs.frozen(kw_only=True)
@@ -379,7 +372,7 @@ class StopOptions:
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
-        _require_not_negative("drain-timeout", self.drain_timeout)
+        require_not_negative("drain-timeout", self.drain_timeout)
 
 
 @attrs.frozen(kw_only=True)
@@ -391,8 +384,8 @@ class RolloutOptions:
         read_targets: ``host:port`` of each read-only target.
     """
 
-    targets: tuple[str, ...] = attrs.field(converter=_texts)
-    read_targets: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    targets: tuple[str, ...] = attrs.field(converter=texts)
+    read_targets: tuple[str, ...] = attrs.field(default=(), converter=texts)
     deployment_options: DeploymentOptions = attrs.field(factory=DeploymentOptions)
 
     def validate(self) -> None:
@@ -411,12 +404,11 @@ class RolloutSplit:
     """
 
     percentage: int = 0
-    allowlist: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    allowlist: tuple[str, ...] = attrs.field(default=(), converter=texts)
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work."""
-        if not 0 <= self.percentage <= 100:
-            raise InvalidOptionsError(f"percent {self.percentage} must be from 0 to 100")
+        require_between("percent", self.percentage, 0, 100)
 
 
 # Field of ServiceOptions -> flag, for behaviour that arrives with a later version.
@@ -472,6 +464,7 @@ class RunOptions:
         http_port: TCP port for plain HTTP; 0 lets the kernel choose (see ``Proxy.http_port``).
         https_port: TCP port for HTTPS. Not served yet.
         metrics_port: TCP port for metrics; 0 means none.
+        udp_port: UDP port of services that were deployed without one of their own.
         http3: Whether HTTP/3 is served. Not served yet.
         debug: Whether debug lines are logged.
         bind: Addresses to listen on; none means all, IPv4 and IPv6.
@@ -500,11 +493,12 @@ class RunOptions:
     http_port: int = 80
     https_port: int = 443
     metrics_port: int = 0
+    udp_port: int = 8080
     http3: bool = False
     debug: bool = False
     bind: tuple[str, ...] = attrs.field(default=(), converter=_addresses)
-    trusted_proxies: tuple[str, ...] = attrs.field(default=(), converter=_texts)
-    proxy_protocol_from: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    trusted_proxies: tuple[str, ...] = attrs.field(default=(), converter=texts)
+    proxy_protocol_from: tuple[str, ...] = attrs.field(default=(), converter=texts)
     data_directory: Path | None = None
     socket_path: Path | None = None
     head_timeout: float = 30.0
@@ -521,33 +515,47 @@ class RunOptions:
     @property
     def state_path(self) -> Path | None:
         """The saved state of the HTTP services."""
-        return None if self.data_directory is None else self.data_directory / "kamal-proxy.state"
+        return self._in_data_directory("kamal-proxy.state")
+
+    @property
+    def udp_state_path(self) -> Path | None:
+        """The saved state of the UDP services."""
+        return self._in_data_directory("kamal-proxy-udp.state")
+
+    @property
+    def udp_sessions_path(self) -> Path | None:
+        """The sessions of the UDP services, saved from one run to the next."""
+        return self._in_data_directory("kamal-proxy-udp.sessions")
 
     def validate(self) -> None:
         """Raise InvalidOptionsError or NotSupportedYetError for a value that can't be used."""
         for option in ("http-port", "https-port", "metrics-port"):
-            _require_port(option, getattr(self, option.replace("-", "_")), lowest=0)
+            require_port(option, getattr(self, option.replace("-", "_")), lowest=0)
+        require_port("udp-port", self.udp_port, lowest=1)
         for option in ("head-timeout", "idle-timeout", "stall-timeout"):
-            _require_positive(option, getattr(self, option.replace("-", "_")))
-        _require_not_negative("shutdown-timeout", self.shutdown_timeout)
+            require_positive(option, getattr(self, option.replace("-", "_")))
+        require_not_negative("shutdown-timeout", self.shutdown_timeout)
         if self.max_head_size < 1024:
             raise InvalidOptionsError("max-head-size must be at least 1024 bytes")
         for option in ("max-headers", "max-connections"):
-            _require_positive(option, getattr(self, option.replace("-", "_")))
+            require_positive(option, getattr(self, option.replace("-", "_")))
         for option in ("max-spill", "max-buffer-memory"):
-            _require_not_negative(option, getattr(self, option.replace("-", "_")))
+            require_not_negative(option, getattr(self, option.replace("-", "_")))
         for address in self.bind:
-            _require_address("bind", address)
+            require_address("bind", address)
         for option, networks in (
             ("trusted-proxy", self.trusted_proxies),
             ("proxy-protocol-from", self.proxy_protocol_from),
         ):
             for network in networks:
-                _require_network(option, network)
+                require_network(option, network)
         if self.http3:
             raise NotSupportedYetError(
                 "--http3 is not supported yet by this version of kamal-proxy"
             )
+
+    def _in_data_directory(self, name: str) -> Path | None:
+        return None if self.data_directory is None else self.data_directory / name
 
 
 def _require_targets(targets: tuple[str, ...], read_targets: tuple[str, ...]) -> None:
@@ -588,41 +596,3 @@ def _is_ipv6(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _require_address(option: str, text: str) -> None:
-    from ipaddress import ip_address  # seldom needed, and a command should start fast
-
-    try:
-        ip_address(text.partition("%")[0])
-    except ValueError:
-        raise InvalidOptionsError(
-            f"{option} '{text}' is not an IP address (such as 192.0.2.1 or 2001:db8::1)"
-        ) from None
-
-
-def _require_network(option: str, text: str) -> None:
-    from ipaddress import ip_network  # see above
-
-    try:
-        ip_network(text)
-    except ValueError as error:
-        hint = "; clear the bits after the prefix" if "host bits" in str(error) else ""
-        raise InvalidOptionsError(
-            f"{option} '{text}' is not a network (such as 192.0.2.0/24 or 2001:db8::/32){hint}"
-        ) from None
-
-
-def _require_port(option: str, value: int, *, lowest: int) -> None:
-    if not lowest <= value <= 65535:
-        raise InvalidOptionsError(f"{option} {value} must be from {lowest} to 65535")
-
-
-def _require_positive(option: str, value: float) -> None:
-    if not value > 0:
-        raise InvalidOptionsError(f"{option} must be more than zero")
-
-
-def _require_not_negative(option: str, value: float) -> None:
-    if not value >= 0:
-        raise InvalidOptionsError(f"{option} must not be negative")

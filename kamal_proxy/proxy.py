@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kamal_proxy import listeners
+from kamal_proxy import listeners, state_format
 from kamal_proxy.control.api import ControlServer
 from kamal_proxy.errors import ShuttingDownError
 from kamal_proxy.http.bodies import Spill
@@ -96,7 +96,7 @@ class Proxy:
         with contextlib.ExitStack() as stack:
             state = None
             if options.state_path is not None:
-                state = stack.enter_context(StateFile(options.state_path))
+                state = stack.enter_context(StateFile(options.state_path, state_format))
             poller = Poller()
             stack.callback(poller.close)
 

@@ -25,7 +25,7 @@ from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.restoring import restored
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Pages, Service
-from kamal_proxy.state import SavedPause, SavedRollout, StateFile
+from kamal_proxy.state import SavedPause, SavedRollout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         RolloutSplit,
         StopOptions,
     )
+    from kamal_proxy.state import SavedService, StateFile
 
 _MAX_LOADS = 4  # directories of error pages that are read at once
 
@@ -62,7 +63,7 @@ class Services:
 
     def __init__(
         self,
-        state: StateFile | None,
+        state: StateFile[SavedService] | None,
         log: Log,
         *,
         probe: Probe,
@@ -228,7 +229,7 @@ class Services:
         report: Report,
     ) -> DrainResult:
         """Bring a deployment into service and drain the one that it replaces."""
-        deployment.on_probe = report.probe
+        deployment.watch.on_probe = report.probe
         switched = False
         try:
             replaced = await self._switch(name, deployment, options, install, report)
@@ -240,7 +241,7 @@ class Services:
             return DrainResult()
         self._retire(name, replaced, options.drain_timeout)
         async with trio.open_nursery() as watchers:
-            watchers.start_soon(report.tell_draining, (replaced,))
+            watchers.start_soon(report.tell_draining, lambda: replaced.in_flight)
             result = await replaced.wait_drained()
             watchers.cancel_scope.cancel(reason="drained")
         return result
@@ -264,9 +265,9 @@ class Services:
                 self._pending.add(pending)
                 if not options.force:
                     with trio.move_on_after(options.deploy_timeout) as waiting:
-                        await deployment.wait_until_healthy()
+                        await deployment.watch.wait_until_healthy()
                     if waiting.cancelled_caught:
-                        raise not_healthy(deployment, options.deploy_timeout)
+                        raise not_healthy(deployment.targets, options.deploy_timeout)
                     report("healthy")
                 async with self._commit:
                     current = self.routes.get(name)
@@ -275,7 +276,7 @@ class Services:
                 installed = True
         finally:
             self._pending.discard(pending)
-            deployment.on_probe = None
+            deployment.watch.on_probe = None
             if not installed:
                 deployment.retire(0)
         if not installed:
@@ -412,7 +413,10 @@ class Services:
             results.append(await deployment.drain(drain_timeout))
 
         async with trio.open_nursery() as watchers:
-            watchers.start_soon(report.tell_draining, tuple(service.deployments))
+            watchers.start_soon(
+                report.tell_draining,
+                lambda: sum(deployment.in_flight for deployment in service.deployments),
+            )
             watchers.start_soon(self._watch_resumed, service, watchers.cancel_scope)
             async with trio.open_nursery() as drains:
                 for deployment in service.deployments:
@@ -422,9 +426,7 @@ class Services:
         if not drained:
             raise ResumedError(f"service {name} was resumed while it drained")
         self._log.info("Service drained", service=name)
-        result = DrainResult(
-            sum(part.completed for part in results), sum(part.cancelled for part in results)
-        )
+        result = sum(results, DrainResult())
         report.done(result)
         return result
 
@@ -505,6 +507,10 @@ class Services:
         self.routes = routes
 
     # Describing and restoring
+
+    def has(self, name: str) -> bool:
+        """Whether there is a service of that name."""
+        return self.routes.get(name) is not None
 
     def describe(self) -> list[ServiceDescription]:
         """Describe all services, sorted by name."""

@@ -1,7 +1,7 @@
 """The saved state on disk: one writer, atomic replacement, the previous version kept.
 
-Synchronous file IO; the caller runs it in a thread, one call at a time. What is inside the file
-is ``state_format``'s business. Imports no trio.
+Synchronous file IO; the caller runs it in a thread, one call at a time. What is inside the file is
+the business of the format that it is given. Imports no trio.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ import os
 import secrets
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from kamal_proxy.errors import StateError
-from kamal_proxy.state_format import (
-    MAX_SIZE,
-    SavedPause,
-    SavedRollout,
-    SavedService,
-    StateFormatError,
-    decode,
-    encode,
-)
+from kamal_proxy.json_format import MAX_SIZE, StateFormatError
+from kamal_proxy.state_format import SavedPause, SavedRollout, SavedService
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,15 +34,30 @@ _ADVICE = {
 }
 
 
-class StateFile:
-    """The state file of one proxy; a context manager that holds the lock while it is open.
+S = TypeVar("S")
+
+
+class StateFormat(Protocol[S]):
+    """What is inside a state file; modules such as ``state_format`` are such formats."""
+
+    def decode(self, content: bytes, /) -> tuple[S, ...]:
+        """Read saved services; raises ``StateFormatError``."""
+
+    def encode(self, services: Iterable[S], /) -> bytes:
+        """Write services so that :meth:`decode` reads them; raises ``StateFormatError``."""
+
+
+class StateFile(Generic[S]):
+    """A state file of one proxy; a context manager that holds the lock while it is open.
 
     Args:
         path: The file. ``<path>.previous`` and ``<path>.lock`` lie beside it.
+        state_format: What is inside.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, state_format: StateFormat[S]) -> None:
         self.path = Path(path)
+        self._format = state_format
         self.previous_path = self.path.with_name(self.path.name + ".previous")
         self.lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock: int | None = None
@@ -101,7 +109,7 @@ class StateFile:
     ) -> None:
         self.close()
 
-    def load(self) -> tuple[SavedService, ...] | None:
+    def load(self) -> tuple[S, ...] | None:
         """Read the saved services, and remove what a crashed run left behind.
 
         Returns:
@@ -114,7 +122,7 @@ class StateFile:
         self._remove_leftovers()
         try:
             content = _read(self.path)
-            services = None if content is None else decode(content)
+            services = None if content is None else self._format.decode(content)
         except StateFormatError as error:
             raise StateError(
                 f"the saved state {self.path} can't be used: {error}; {self._way_out()}"
@@ -124,7 +132,7 @@ class StateFile:
         self._loaded, self._content = True, content
         return services
 
-    def save(self, services: Iterable[SavedService]) -> None:
+    def save(self, services: Iterable[S]) -> None:
         """Replace the file, durably; keep what it held as the previous version.
 
         At every instant the path holds a complete state. When it holds the same already,
@@ -136,7 +144,7 @@ class StateFile:
         """
         self._require_open()
         try:
-            content = encode(services)
+            content = self._format.encode(services)
         except StateFormatError as error:
             raise StateError(f"can't save the state to {self.path}: {error}") from error
         if not self._loaded:
@@ -201,7 +209,7 @@ class StateFile:
         """Tell what to do about a file that can't be used."""
         try:
             previous = _read(self.previous_path)
-            intact = previous is not None and bool(decode(previous))
+            intact = previous is not None and bool(self._format.decode(previous))
         except (OSError, StateFormatError):
             intact = False
         if intact:

@@ -6,16 +6,32 @@ know are carried along; docs/state.md has the whole format and what a missing ke
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
 
-from kamal_proxy.durations import from_nanoseconds, to_nanoseconds
-from kamal_proxy.errors import InvalidOptionsError
+from kamal_proxy.durations import to_nanoseconds
+from kamal_proxy.json_format import (
+    DURATION,
+    FLAG,
+    TEXT,
+    WHOLE,
+    Kind,
+    Section,
+    StateFormatError,
+    add_unknown,
+    decode_duration,
+    decode_services,
+    decode_text,
+    decode_texts,
+    decode_whole,
+    encode_all,
+    encode_services,
+    open_service,
+    targets,
+    unchanged,
+)
 from kamal_proxy.options import (
     HealthCheckOptions,
     PathTimeout,
@@ -24,18 +40,8 @@ from kamal_proxy.options import (
     split_target,
 )
 
-MAX_SIZE = 64 * 1024 * 1024
-
 PauseState = Literal["running", "paused", "stopped"]
 _PAUSE_STATES: tuple[PauseState, ...] = ("running", "paused", "stopped")  # Go's 0, 1, 2
-
-# What Go's encoder escapes beyond JSON's own rules; none of these occurs outside a string.
-_GO_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class StateFormatError(Exception):
-    """A document is not a saved state; the text says where and why, without a file name."""
 
 
 @attrs.frozen(kw_only=True)
@@ -96,31 +102,7 @@ def decode(content: bytes) -> tuple[SavedService, ...]:
     Raises:
         StateFormatError: it is not one, or not a complete one.
     """
-    if len(content) > MAX_SIZE:
-        raise StateFormatError(f"it is larger than {MAX_SIZE} bytes")
-    if not content.strip():
-        raise StateFormatError("it is empty")
-    try:
-        document = json.loads(
-            content.decode(), parse_constant=_refuse_constant, parse_float=_finite_float
-        )
-    except json.JSONDecodeError as error:
-        raise StateFormatError(f"line {error.lineno} column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise StateFormatError(f"byte {error.start + 1} is not UTF-8") from error
-    except RecursionError as error:
-        raise StateFormatError("it is nested too deeply") from error
-    except ValueError as error:  # a number with thousands of digits, NaN
-        raise StateFormatError(str(error)) from error
-    if not isinstance(document, list):
-        raise StateFormatError("it must be a list of services")
-    services = tuple(_decode_service(item, number) for number, item in enumerate(document, 1))
-    names: set[str] = set()
-    for service in services:
-        if service.name in names:
-            raise StateFormatError(f"service '{service.name}' occurs twice")
-        names.add(service.name)
-    return services
+    return decode_services(content, _decode_service)
 
 
 def encode(services: Iterable[SavedService]) -> bytes:
@@ -129,78 +111,15 @@ def encode(services: Iterable[SavedService]) -> bytes:
     Raises:
         StateFormatError: the result could not be read again; it must not be saved.
     """
-    documents = [_encode_service(service) for service in services]
-    try:
-        text = json.dumps(documents, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (ValueError, RecursionError) as error:
-        raise StateFormatError(f"it can't be written as JSON: {error}") from error
-    text = _LONE_SURROGATE.sub("\ufffd", text.translate(_GO_ESCAPES))
-    content = text.encode() + b"\n"
-    decode(content)
-    return content
+    return encode_services((_encode_service(service) for service in services), decode)
 
 
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a number that JSON has")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return value
-
-
-# One Kind per type of value. A decoder gets a value that is not null; it returns None when the
-# option's default is to be used instead.
-
-
-@attrs.frozen
-class _Kind:
-    decode: Callable[[object, str], Any]
-    encode: Callable[[Any], Any]
-
-
-def _decode_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise StateFormatError(f"{where} must be a string")
-    # Half a surrogate pair, which JSON can hold, fits into no header, log line or answer.
-    return _LONE_SURROGATE.sub("\ufffd", value)
-
-
-def _decode_texts(value: object, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise StateFormatError(f"{where} must be a list")
-    return tuple(_decode_text(item, f"{where}[{index}]") for index, item in enumerate(value))
-
-
-def _decode_targets(value: object, where: str) -> tuple[str, ...]:
-    targets = _decode_texts(value, where)
-    for index, target in enumerate(targets):
-        try:
-            split_target(target)
-        except InvalidOptionsError as error:
-            raise StateFormatError(f"{where}[{index}]: {error}") from error
-    return targets
-
-
-def _decode_flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise StateFormatError(f"{where} must be true or false")
-    return value
-
-
-def _decode_whole(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise StateFormatError(f"{where} must be a whole number")
-    if not -(2**63) <= value < 2**63:
-        raise StateFormatError(f"{where} does not fit into 64 bits")
-    return value
+# The kinds of values that only this format has.
 
 
 def _decode_size(value: object, where: str) -> int:
     # The Go proxy takes anything below zero for what zero means.
-    return max(0, _decode_whole(value, where))
+    return max(0, decode_whole(value, where))
 
 
 def _decode_number(value: object, where: str) -> float:
@@ -209,18 +128,14 @@ def _decode_number(value: object, where: str) -> float:
     return float(value)
 
 
-def _decode_duration(value: object, where: str) -> float:
-    return from_nanoseconds(_decode_whole(value, where))
-
-
 def _decode_positive_duration(value: object, where: str) -> float | None:
     # Go reads a key that an older version did not write as zero, and writes that zero.
-    duration = _decode_duration(value, where)
+    duration = decode_duration(value, where)
     return duration if duration > 0 else None
 
 
 def _decode_limit(value: object, where: str) -> float | None:
-    duration = _decode_duration(value, where)
+    duration = decode_duration(value, where)
     return duration if duration >= 0 else None
 
 
@@ -229,8 +144,8 @@ def _decode_path_timeouts(value: object, where: str) -> tuple[PathTimeout, ...]:
         raise StateFormatError(f"{where} must be an object")
     return tuple(
         PathTimeout(
-            path=_decode_text(path, where),
-            timeout=max(0.0, _decode_duration(item, f"{where}.{path}")),
+            path=decode_text(path, where),
+            timeout=max(0.0, decode_duration(item, f"{where}.{path}")),
         )
         for path, item in value.items()
     )
@@ -238,10 +153,6 @@ def _decode_path_timeouts(value: object, where: str) -> tuple[PathTimeout, ...]:
 
 def _encode_path_timeouts(limits: Sequence[PathTimeout]) -> dict[str, int]:
     return {limit.path: to_nanoseconds(limit.timeout) for limit in limits}
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _encode_number(value: float) -> float:
@@ -252,100 +163,61 @@ def _list_or_null(value: Sequence[str]) -> list[str] | None:
     return list(value) or None
 
 
-_TEXT = _Kind(_decode_text, _same)
-_TEXTS = _Kind(_decode_texts, _list_or_null)
-_HOSTS = _Kind(_decode_texts, lambda hosts: list(hosts) or [""])
-_TARGETS = _Kind(_decode_targets, list)
-_FLAG = _Kind(_decode_flag, _same)
-_WHOLE = _Kind(_decode_whole, _same)
-_SIZE = _Kind(_decode_size, _same)
-_NUMBER = _Kind(_decode_number, _encode_number)
-_DURATION = _Kind(_decode_duration, to_nanoseconds)
-_POSITIVE = _Kind(_decode_positive_duration, to_nanoseconds)
-_LIMIT = _Kind(_decode_limit, to_nanoseconds)
-_PATH_TIMEOUTS = _Kind(_decode_path_timeouts, _encode_path_timeouts)
+_TEXTS = Kind(decode_texts, _list_or_null)
+_HOSTS = Kind(decode_texts, lambda hosts: list(hosts) or [""])
+_TARGETS = targets(split_target)
+_SIZE = Kind(_decode_size, unchanged)
+_NUMBER = Kind(_decode_number, _encode_number)
+_POSITIVE = Kind(_decode_positive_duration, to_nanoseconds)
+_LIMIT = Kind(_decode_limit, to_nanoseconds)
+_PATH_TIMEOUTS = Kind(_decode_path_timeouts, _encode_path_timeouts)
 
 # The keys in Go's order; each is also the name of the attribute.
 _SERVICE_OPTIONS = {
     "hosts": _HOSTS,
     "path_prefixes": _TEXTS,
-    "tls_enabled": _FLAG,
-    "tls_certificate_path": _TEXT,
-    "tls_private_key_path": _TEXT,
-    "tls_on_demand_url": _TEXT,
-    "tls_redirect": _FLAG,
-    "canonical_host": _TEXT,
-    "acme_directory": _TEXT,
-    "acme_cache_path": _TEXT,
-    "error_page_path": _TEXT,
-    "strip_prefix": _FLAG,
-    "writer_affinity_timeout": _DURATION,
-    "read_targets_accept_websockets": _FLAG,
+    "tls_enabled": FLAG,
+    "tls_certificate_path": TEXT,
+    "tls_private_key_path": TEXT,
+    "tls_on_demand_url": TEXT,
+    "tls_redirect": FLAG,
+    "canonical_host": TEXT,
+    "acme_directory": TEXT,
+    "acme_cache_path": TEXT,
+    "error_page_path": TEXT,
+    "strip_prefix": FLAG,
+    "writer_affinity_timeout": DURATION,
+    "read_targets_accept_websockets": FLAG,
     "exclude_metrics_paths": _TEXTS,
-    "client_ip_header": _TEXT,
+    "client_ip_header": TEXT,
 }
 _HEALTH_CHECK = {
-    "path": _TEXT,
-    "port": _WHOLE,
+    "path": TEXT,
+    "port": WHOLE,
     "interval": _POSITIVE,
     "timeout": _POSITIVE,
-    "host": _TEXT,
+    "host": TEXT,
 }
 _TARGET_OPTIONS = {
     "response_timeout": _LIMIT,
-    "buffer_requests": _FLAG,
-    "buffer_responses": _FLAG,
+    "buffer_requests": FLAG,
+    "buffer_responses": FLAG,
     "max_memory_buffer_size": _SIZE,
     "max_request_body_size": _SIZE,
     "max_response_body_size": _SIZE,
     "log_request_headers": _TEXTS,
     "log_response_headers": _TEXTS,
-    "forward_headers": _FLAG,
-    "scope_cookie_paths": _FLAG,
+    "forward_headers": FLAG,
+    "scope_cookie_paths": FLAG,
 }
 # The Go proxy has none of these and drops them when it writes; at their default they are left out.
 _OWN_TARGET_OPTIONS = {"path_timeouts": _PATH_TIMEOUTS, "websocket_idle_timeout": _LIMIT}
-_PAUSE = {"state": _WHOLE, "stop_message": _TEXT, "fail_after": _DURATION}
-_ROLLOUT = {"percentage": _WHOLE, "percentage_split_point": _NUMBER, "allowlist": _TEXTS}
-
-
-class _Section:
-    """A JSON object being taken apart; what nobody took is unknown to this version."""
-
-    def __init__(self, data: object, where: str, separator: str = ".") -> None:
-        if not isinstance(data, dict):
-            raise StateFormatError(f"{where} must be an object")
-        self._rest = dict(data)
-        self._children: dict[str, _Section] = {}
-        self.prefix = where + separator
-
-    def take(self, key: str, kind: _Kind) -> Any:
-        value = self._rest.pop(key, None)
-        return None if value is None else kind.decode(value, self.prefix + key)
-
-    def take_all(self, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
-        """Return the values that are there, as keyword arguments."""
-        values = {key: self.take(key, kind) for key, kind in kinds.items()}
-        return {key: value for key, value in values.items() if value is not None}
-
-    def child(self, key: str) -> _Section | None:
-        value = self._rest.pop(key, None)
-        if value is None:
-            return None
-        section = self._children[key] = _Section(value, self.prefix + key)
-        return section
-
-    def unknown(self) -> dict[str, Any]:
-        nested = {key: child.unknown() for key, child in self._children.items()}
-        return self._rest | {key: rest for key, rest in nested.items() if rest}
+_PAUSE = {"state": WHOLE, "stop_message": TEXT, "fail_after": DURATION}
+_ROLLOUT = {"percentage": WHOLE, "percentage_split_point": _NUMBER, "allowlist": _TEXTS}
 
 
 def _decode_service(data: object, number: int) -> SavedService:
-    section = _Section(data, f"service number {number}", ": ")
-    name = section.take("name", _TEXT)
-    if not name:
-        raise StateFormatError(f"{section.prefix}name is missing")
-    section.prefix = f"service '{name}': "
+    name, section = open_service(data, number)
     options = section.child("options")
     option_values = options.take_all(_SERVICE_OPTIONS) if options else {}
     target_options = section.child("target_options")
@@ -369,39 +241,40 @@ def _decode_service(data: object, number: int) -> SavedService:
             ),
         ),
         **pools,
-        pause=_decode_pause(section.child("pause_controller")),
+        pause=decode_pause(section.child("pause_controller")),
         rollout=_decode_rollout(section.child("rollout_controller")),
         extra=section.unknown(),
     )
 
 
 def _take_legacy(
-    section: _Section,
-    options: _Section | None,
+    section: Section,
+    options: Section | None,
     option_values: dict[str, Any],
     pools: dict[str, tuple[str, ...]],
 ) -> None:
     """Take what versions before 0.9 wrote instead of today's keys, which win."""
     for key, legacy in (("active_targets", "active_target"), ("rollout_targets", "rollout_target")):
-        target = section.take(legacy, _TEXT)
+        target = section.take(legacy, TEXT)
         if target and not pools[key]:
-            pools[key] = _decode_targets([target], section.prefix + legacy)
+            pools[key] = _TARGETS.decode([target], section.prefix + legacy)
     for key in ("hosts", "path_prefixes"):
         values = section.take(key, _TEXTS)
         if values and not option_values.get(key):
             option_values[key] = values
-    host = section.take("host", _TEXT)  # before 0.6
+    host = section.take("host", TEXT)  # before 0.6
     if host and not option_values.get("hosts"):
         option_values["hosts"] = (host,)
     if options is not None:
-        if options.take("tls_hostname", _TEXT):  # before 0.6
+        if options.take("tls_hostname", TEXT):  # before 0.6
             option_values.setdefault("tls_enabled", True)
-        disable_redirect = options.take("tls_disable_redirect", _FLAG)  # 0.8.5 and 0.8.6
+        disable_redirect = options.take("tls_disable_redirect", FLAG)  # 0.8.5 and 0.8.6
         if disable_redirect is not None:
             option_values.setdefault("tls_redirect", not disable_redirect)
 
 
-def _decode_pause(section: _Section | None) -> SavedPause:
+def decode_pause(section: Section | None) -> SavedPause:
+    """Read the pause of a service; without any it is running."""
     if section is None:
         return SavedPause()
     values = section.take_all(_PAUSE)
@@ -411,12 +284,17 @@ def _decode_pause(section: _Section | None) -> SavedPause:
     return SavedPause(state=_PAUSE_STATES[number], **values)
 
 
-def _decode_rollout(section: _Section | None) -> SavedRollout | None:
+def encode_pause(pause: SavedPause) -> dict[str, Any]:
+    """Return the pause of a service as the document has it."""
+    return {
+        "state": _PAUSE_STATES.index(pause.state),
+        "stop_message": pause.stop_message,
+        "fail_after": to_nanoseconds(pause.fail_after),
+    }
+
+
+def _decode_rollout(section: Section | None) -> SavedRollout | None:
     return None if section is None else SavedRollout(**section.take_all(_ROLLOUT))
-
-
-def _encode_all(values: object, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
-    return {key: kind.encode(getattr(values, key)) for key, kind in kinds.items()}
 
 
 def _encode_service(service: SavedService) -> dict[str, Any]:
@@ -425,22 +303,17 @@ def _encode_service(service: SavedService) -> dict[str, Any]:
         target_options = attrs.evolve(
             target_options, forward_headers=not service.service_options.tls_enabled
         )
-    pause = {
-        "state": _PAUSE_STATES.index(service.pause.state),
-        "stop_message": service.pause.stop_message,
-        "fail_after": to_nanoseconds(service.pause.fail_after),
-    }
-    rollout = None if service.rollout is None else _encode_all(service.rollout, _ROLLOUT)
+    rollout = None if service.rollout is None else encode_all(service.rollout, _ROLLOUT)
     has_rollout = bool(service.rollout_targets or service.rollout_readers)
     document: dict[str, Any] = {
         "name": service.name,
-        "options": _encode_all(service.service_options, _SERVICE_OPTIONS),
+        "options": encode_all(service.service_options, _SERVICE_OPTIONS),
         "target_options": {
-            "health_check_config": _encode_all(target_options.health_check, _HEALTH_CHECK),
-            **_encode_all(target_options, _TARGET_OPTIONS),
+            "health_check_config": encode_all(target_options.health_check, _HEALTH_CHECK),
+            **encode_all(target_options, _TARGET_OPTIONS),
             **{
                 key: value
-                for key, value in _encode_all(target_options, _OWN_TARGET_OPTIONS).items()
+                for key, value in encode_all(target_options, _OWN_TARGET_OPTIONS).items()
                 if value
             },
         },
@@ -448,17 +321,8 @@ def _encode_service(service: SavedService) -> dict[str, Any]:
         "active_readers": list(service.active_readers),
         "rollout_targets": list(service.rollout_targets) if has_rollout else None,
         "rollout_readers": list(service.rollout_readers) if has_rollout else None,
-        "pause_controller": pause,
+        "pause_controller": encode_pause(service.pause),
         "rollout_controller": rollout,
     }
-    _add(document, service.extra)
+    add_unknown(document, service.extra)
     return document
-
-
-def _add(document: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Add the keys of ``extra`` that the document does not have, at every level."""
-    for key, value in extra.items():
-        if key not in document:
-            document[key] = value
-        elif isinstance(document[key], dict) and isinstance(value, Mapping):
-            _add(document[key], value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
+from kamal_proxy import state_format
 from kamal_proxy.control.messages import Event
 from kamal_proxy.deployment import Deployment, Drain
 from kamal_proxy.errors import StateError
@@ -21,7 +22,7 @@ from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.options import DeploymentOptions, DeployOptions, RolloutOptions, ServiceOptions
 from kamal_proxy.services import Services
-from kamal_proxy.state import StateFile
+from kamal_proxy.state import SavedService, StateFile
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from kamal_proxy.deployment import DrainResult, Target
+    from kamal_proxy.deployment import DrainResult
     from kamal_proxy.options import HealthCheckOptions
+    from kamal_proxy.probing import Watched
     from kamal_proxy.service import Service
-    from kamal_proxy.state import SavedService
 
 HANG = "hang"
 
@@ -47,7 +48,7 @@ class Probes:
     script: dict[str, list[bool | str]] = attrs.field(factory=dict)
     times: dict[str, list[float]] = attrs.field(factory=dict)
 
-    async def __call__(self, target: Target, options: HealthCheckOptions) -> ProbeResult:
+    async def __call__(self, target: Watched, options: HealthCheckOptions) -> ProbeResult:
         self.times.setdefault(target.name, []).append(trio.current_time())
         await trio.lowlevel.checkpoint()
         results = self.script.get(target.name, [True])
@@ -60,14 +61,16 @@ class Probes:
 
 @attrs.define(eq=False)
 class Connections:
-    """Remembers whether it was closed."""
+    """Remembers whether it was closed, and how often it was trimmed before."""
 
     host: str
     port: int
     closed: bool = False
+    trimmed: int = 0
 
     def trim(self) -> None:
         assert not self.closed
+        self.trimmed += 1
 
     def close(self) -> None:
         self.closed = True
@@ -140,7 +143,7 @@ def save_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
 
 
-class BrokenState(StateFile):
+class BrokenState(StateFile[SavedService]):
     """A state file that can be read, but not written once ``broken`` is set."""
 
     broken = False
@@ -242,7 +245,7 @@ class Room:
 async def open_room(path: Path, **script: list[bool | str]) -> AsyncIterator[Room]:
     """Run services whose state is in a directory, and whose targets do what ``script`` says."""
     probes, lines = Probes(dict(script)), Lines()
-    with BrokenState(path / "kamal-proxy.state") as state:
+    with BrokenState(path / "kamal-proxy.state", state_format) as state:
         services = Services(
             state,
             lines.log(),

@@ -23,18 +23,16 @@ def deployment(
     *targets: str,
     readers: tuple[str, ...] = (),
     lines: Lines | None = None,
-    interval: float = 1.0,
     trusted: bool = False,
     forced: bool = False,
-    debug: bool = False,
 ) -> Deployment:
     return Deployment(
         targets or ("a1:80",),
         readers=readers,
-        health_check=HealthCheckOptions(interval=interval),
+        health_check=HealthCheckOptions(interval=1.0),
         probe=probes,  # type: ignore[arg-type]  # a probe is any such callable
         connect=Connections,
-        log=(lines or Lines()).log(debug=debug),
+        log=(lines or Lines()).log(),
         trusted=trusted,
         forced=forced,
     )
@@ -51,145 +49,31 @@ def all_closed(made: Deployment) -> bool:
 # Health
 
 
-async def test_healthy_when_all_targets_are(
+async def test_its_targets_are_probed_while_it_is_active(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    made = deployment(Probes({"b1:80": ["refused", "refused", True]}), "a1:80", "b1:80")
+    probes = Probes({"b1:80": ["refused", "refused", True]})
+    made = deployment(probes, "a1:80", "b1:80")
     await nursery.start(made.run)
     start = trio.current_time()
-    await made.wait_until_healthy()
+    await made.watch.wait_until_healthy()
     assert trio.current_time() - start == pytest.approx(0.15)
     assert states(made) == ["healthy", "healthy"]
-    nursery.cancel_scope.cancel()
-
-
-async def test_not_healthy_when_the_first_fails_before_the_last_answers(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    probes = Probes({"a1:80": [True, "refused"], "b1:80": ["x"] * 7 + [True]})
-    made = deployment(probes, "a1:80", "b1:80")
-    await nursery.start(made.run)
-    with trio.move_on_after(60) as scope:
-        await made.wait_until_healthy()
-    assert scope.cancelled_caught
-    assert states(made) == ["unhealthy", "healthy"]
-    nursery.cancel_scope.cancel()
-
-
-async def test_probe_times(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    failing: list[bool | str] = ["refused"] * 7
-    probes = Probes({"a1:80": [*failing, True, True, "refused", "refused", True]})
-    made = deployment(probes)
-    start = trio.current_time()
-    await nursery.start(made.run)
-    await trio.sleep(9)
-    delays = [0, 0.05, 0.15, 0.35, 0.75, 1.55, 2.55, 3.55, 4.55, 5.55, 6.55, 7.55, 8.55]
-    assert [time - start for time in probes.times["a1:80"]] == pytest.approx(delays)
-    nursery.cancel_scope.cancel()
-
-
-async def test_a_slow_probe_does_not_delay_the_next_any_further(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    begun = []
-
-    async def probe(_: Target, __: HealthCheckOptions) -> ProbeResult:
-        begun.append(trio.current_time())
-        await trio.sleep(0.75)
-        return ProbeResult(True, "status 200", "")
-
-    made = deployment(probe)
-    await nursery.start(made.run)
-    await trio.sleep(3.5)
-    assert [time - begun[0] for time in begun] == pytest.approx([0, 1, 2, 3])
-    nursery.cancel_scope.cancel()
-
-
-async def test_targets_are_probed_side_by_side(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    probes = Probes({"a1:80": [HANG]})
-    made = deployment(probes, "a1:80", "b1:80")
-    await nursery.start(made.run)
-    await trio.sleep(2.5)
-    assert len(probes.times["a1:80"]) == 1
-    assert len(probes.times["b1:80"]) == 3
-    nursery.cancel_scope.cancel()
-
-
-async def test_each_change_is_logged_once(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    lines = Lines()
-    results: list[bool | str] = ["refused", "refused", "timeout", True, True, "timeout", "timeout"]
-    made = deployment(Probes({"a1:80": [*results, True]}), lines=lines)
-    await nursery.start(made.run)
-    await trio.sleep(20)
-    assert lines.of("Target health updated") == [
-        {"target": "a1:80", "state": "healthy", "was": "adding"},
-        {"target": "a1:80", "state": "unhealthy", "was": "healthy"},
-        {"target": "a1:80", "state": "healthy", "was": "unhealthy"},
-    ]
-    assert [line["error"] for line in lines.of("Healthcheck failed")] == [
-        "refused",
-        "timeout",
-        "timeout",
-    ]
-    assert lines.of("Healthcheck failed")[0]["url"] == "http://a1:80/up"
-    nursery.cancel_scope.cancel()
-
-
-async def test_every_failed_probe_is_logged_when_debugging(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    lines = Lines()
-    made = deployment(Probes({"a1:80": ["refused"] * 4 + [True]}), lines=lines, debug=True)
-    await nursery.start(made.run)
-    await trio.sleep(5)
-    assert len(lines.of("Healthcheck failed")) == 4
-    nursery.cancel_scope.cancel()
-
-
-@pytest.mark.parametrize("error", [RuntimeError("bad luck"), ExceptionGroup("x", [OSError()])])
-async def test_a_probe_that_raises_has_failed(
-    nursery: trio.Nursery, error: Exception, autojump_clock: MockClock
-) -> None:
-    lines = Lines()
-    told: list[tuple[bool, str]] = []
-    probed = 0
-
-    async def probe(_: Target, __: HealthCheckOptions) -> ProbeResult:
-        nonlocal probed
-        await trio.lowlevel.checkpoint()
-        probed += 1
-        if probed in (1, 4):
-            raise error
-        return ProbeResult(True, "status 200", "")
-
-    made = deployment(probe, lines=lines)
-    made.on_probe = lambda _, result: told.append((result.ok, result.reason))
-    await nursery.start(made.run)
-    await trio.sleep(5)
-    assert [ok for ok, _ in told[:5]] == [False, True, True, False, True]
-    assert repr(error) in told[0][1]
-    assert lines.of("Probe failed") == [{"target": "a1:80", "error": repr(error)}] * 2
-    assert [line["state"] for line in lines.of("Target health updated")] == [
-        "healthy",
-        "unhealthy",
-        "healthy",
-    ]
-    nursery.cancel_scope.cancel()
-
-
-async def test_each_probe_is_told_while_somebody_listens(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    told: list[tuple[str, bool]] = []
-    made = deployment(Probes({"a1:80": ["refused", True]}))
-    made.on_probe = lambda target, result: told.append((target.name, result.ok))
-    await nursery.start(made.run)
-    await made.wait_until_healthy()
-    made.on_probe = None
+    made.retire(1)
+    probes.times.clear()
     await trio.sleep(10)
-    assert told == [("a1:80", False), ("a1:80", True)]
+    assert probes.times == {}
+
+
+async def test_kept_connections_are_trimmed_with_each_probe(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    probes = Probes({"a1:80": [True, "refused", True]})
+    made = deployment(probes)
+    await nursery.start(made.run)
+    await trio.sleep(9.5)
+    connections = made.targets[0].connections
+    assert connections.trimmed == len(probes.times["a1:80"]) == 10  # type: ignore[attr-defined]
     nursery.cancel_scope.cancel()
 
 
@@ -270,7 +154,7 @@ async def test_a_lone_writer_always_serves_and_a_lone_reader_does_not(
     probes = Probes({"w1:80": [True, "refused"], "r1:80": [True, "refused"]})
     made = deployment(probes, "w1:80", readers=("r1:80",))
     await nursery.start(made.run)
-    await made.wait_until_healthy()
+    await made.watch.wait_until_healthy()
     reader, writer = made.choose(set(), reading=True), made.choose(set())
     assert reader is not None
     assert writer is not None
@@ -302,7 +186,7 @@ async def test_readers_must_become_healthy_too(
     made = deployment(Probes({"r1:80": ["refused"] * 3 + [True]}), "w1:80", readers=("r1:80",))
     await nursery.start(made.run)
     start = trio.current_time()
-    await made.wait_until_healthy()
+    await made.watch.wait_until_healthy()
     assert trio.current_time() - start == pytest.approx(0.35)
     nursery.cancel_scope.cancel()
 
@@ -503,7 +387,7 @@ async def test_a_probe_that_ends_as_its_deployment_is_retired_changes_nothing(
         return ProbeResult(ok, "in the last moment", "")
 
     made = deployment(probe, lines=lines)
-    made.on_probe = lambda *what: told.append(what)
+    made.watch.on_probe = lambda *what: told.append(what)
     await nursery.start(made.run)
     await wait_all_tasks_blocked()
     finish.set()
@@ -581,7 +465,7 @@ def test_cancelled_at_every_await() -> None:
                 trio.lowlevel.add_instrument(steps)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(made.run)
-                    await made.wait_until_healthy()
+                    await made.watch.wait_until_healthy()
                     stubborn, quick = Request(made, obedient=False), Request(made)
                     made.retire(1)
                     quick.end()

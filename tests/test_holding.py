@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kamal_proxy import state_format
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
     InvalidOptionsError,
@@ -539,7 +540,7 @@ async def test_a_restored_service_can_be_changed(
     tmp_path: Path, autojump_clock: MockClock, state: Any
 ) -> None:
     pause = SavedPause(state=state, stop_message="soon", fail_after=5)
-    with StateFile(tmp_path / "kamal-proxy.state") as file:
+    with StateFile(tmp_path / "kamal-proxy.state", state_format) as file:
         file.save([SavedService(name="app", active_targets=("v1",), pause=pause)])
     for change in ("", "resume", "pause", "stop", "resume"):
         async with open_room(tmp_path) as room:

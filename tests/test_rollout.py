@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kamal_proxy import state_format
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
     DeployFailedError,
@@ -425,7 +426,7 @@ async def test_a_restored_rollout_serves_and_can_be_changed(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     split = SavedRollout(percentage=10, percentage_split_point=429496729.5, allowlist=("x",))
-    with StateFile(tmp_path / "kamal-proxy.state") as file:
+    with StateFile(tmp_path / "kamal-proxy.state", state_format) as file:
         saved = SavedService(
             name="app",
             active_targets=("v1",),
@@ -452,7 +453,7 @@ async def test_a_restored_rollout_serves_and_can_be_changed(
 async def test_a_restored_split_without_targets_chooses_nobody(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    with StateFile(tmp_path / "kamal-proxy.state") as file:
+    with StateFile(tmp_path / "kamal-proxy.state", state_format) as file:
         split = SavedRollout(percentage=100, percentage_split_point=4294967295)
         file.save([SavedService(name="app", active_targets=("v1",), rollout=split)])
     async with open_room(tmp_path) as room:

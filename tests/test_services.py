@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kamal_proxy import state_format
 from kamal_proxy.control.messages import Event, ServiceDescription
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
@@ -421,7 +422,7 @@ async def test_without_a_state_file(autojump_clock: MockClock) -> None:
 
 
 async def save(path: Path, *services: SavedService) -> None:
-    with StateFile(path / "kamal-proxy.state") as state:
+    with StateFile(path / "kamal-proxy.state", state_format) as state:
         state.save(services)
 
 
@@ -479,7 +480,7 @@ async def test_a_pause_survives_a_redeploy(
         assert service is not None
         assert service.pause == pause
         assert service.options.hosts == ("new.test",)
-    with StateFile(tmp_path / "kamal-proxy.state") as again:
+    with StateFile(tmp_path / "kamal-proxy.state", state_format) as again:
         (saved,) = again.load() or ()
         assert saved.pause == pause
 

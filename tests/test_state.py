@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kamal_proxy import state
+from kamal_proxy import state, state_format
 from kamal_proxy.errors import StateError
+from kamal_proxy.json_format import MAX_SIZE, StateFormatError
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause, SavedService, StateFile
-from kamal_proxy.state_format import MAX_SIZE, encode
+from kamal_proxy.state_format import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 PLAIN = TargetOptions(forward_headers=True)
 OLDER = (SavedService(name="app", target_options=PLAIN, active_targets=("v0:80",)),)
@@ -43,8 +44,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def file(path: Path) -> Iterator[StateFile]:
-    with StateFile(path) as file:
+def file(path: Path) -> Iterator[StateFile[SavedService]]:
+    with StateFile(path, state_format) as file:
         yield file
 
 
@@ -58,25 +59,25 @@ def names(path: Path) -> list[str]:
 
 
 def reload(path: Path) -> tuple[SavedService, ...] | None:
-    with StateFile(path) as file:
+    with StateFile(path, state_format) as file:
         return file.load()
 
 
 def test_opening_creates_the_directory_but_no_state(path: Path) -> None:
-    with StateFile(path) as file:
+    with StateFile(path, state_format) as file:
         assert file.load() is None
         assert names(path) == ["kamal-proxy.state.lock"]
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_what_is_saved_is_loaded(file: StateFile, path: Path) -> None:
+def test_what_is_saved_is_loaded(file: StateFile[SavedService], path: Path) -> None:
     file.save(NEW)
     assert file.load() == NEW
     assert names(path) == ["kamal-proxy.state", "kamal-proxy.state.lock"]
     assert path.read_bytes() == encode(NEW)
 
 
-def test_the_mode_is_the_one_of_the_original(file: StateFile, path: Path) -> None:
+def test_the_mode_is_the_one_of_the_original(file: StateFile[SavedService], path: Path) -> None:
     before = os.umask(0o022)
     try:
         file.save(NEW)
@@ -85,7 +86,7 @@ def test_the_mode_is_the_one_of_the_original(file: StateFile, path: Path) -> Non
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_the_previous_version_is_kept(file: StateFile, path: Path) -> None:
+def test_the_previous_version_is_kept(file: StateFile[SavedService], path: Path) -> None:
     for services in (OLDER, OLD, NEW):
         file.save(services)
     assert file.previous_path.read_bytes() == encode(OLD)
@@ -99,12 +100,12 @@ def test_the_previous_version_is_kept(file: StateFile, path: Path) -> None:
 
 def test_the_previous_version_is_kept_by_the_first_save_of_a_run(path: Path) -> None:
     put(path, encode(OLD))
-    with StateFile(path) as file:
+    with StateFile(path, state_format) as file:
         file.save(NEW)
         assert file.previous_path.read_bytes() == encode(OLD)
 
 
-def test_saving_the_same_again_writes_nothing(file: StateFile, path: Path) -> None:
+def test_saving_the_same_again_writes_nothing(file: StateFile[SavedService], path: Path) -> None:
     file.save(OLD)
     file.save(NEW)
     before = path.stat().st_ino, file.previous_path.stat().st_ino
@@ -114,7 +115,7 @@ def test_saving_the_same_again_writes_nothing(file: StateFile, path: Path) -> No
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"[")])
 def test_saving_the_same_again_repairs_what_somebody_broke(
-    file: StateFile, path: Path, damage: Callable[[Path], object]
+    file: StateFile[SavedService], path: Path, damage: Callable[[Path], object]
 ) -> None:
     file.save(NEW)
     damage(path)
@@ -123,7 +124,9 @@ def test_saving_the_same_again_repairs_what_somebody_broke(
     assert file.previous_path.read_bytes() == encode(NEW)
 
 
-def test_removing_every_service_saves_an_empty_list(file: StateFile, path: Path) -> None:
+def test_removing_every_service_saves_an_empty_list(
+    file: StateFile[SavedService], path: Path
+) -> None:
     file.save(NEW)
     file.save(())
     assert path.read_bytes() == b"[]\n"
@@ -131,7 +134,7 @@ def test_removing_every_service_saves_an_empty_list(file: StateFile, path: Path)
 
 
 def test_a_closed_file_refuses_work(path: Path) -> None:
-    file = StateFile(path)
+    file = StateFile(path, state_format)
     with pytest.raises(RuntimeError, match="not open"):
         file.load()
     with pytest.raises(RuntimeError, match="not open"):
@@ -149,7 +152,7 @@ def test_a_closed_file_refuses_work(path: Path) -> None:
 def test_a_state_cut_anywhere_is_an_error_and_stays_as_it_is(path: Path) -> None:
     content = encode(OLD).rstrip()
     put(path, b"")
-    with StateFile(path) as file:
+    with StateFile(path, state_format) as file:
         for length in range(len(content)):
             path.write_bytes(content[:length])
             with pytest.raises(StateError, match=re.escape(str(path))):
@@ -161,7 +164,9 @@ def test_a_state_cut_anywhere_is_an_error_and_stays_as_it_is(path: Path) -> None
         assert file.load() == OLD
 
 
-def test_damage_is_told_with_its_place_and_the_way_out(file: StateFile, path: Path) -> None:
+def test_damage_is_told_with_its_place_and_the_way_out(
+    file: StateFile[SavedService], path: Path
+) -> None:
     path.write_bytes(b'[\n{"name":')
     with pytest.raises(StateError) as caught:
         file.load()
@@ -182,7 +187,7 @@ def test_damage_is_told_with_its_place_and_the_way_out(file: StateFile, path: Pa
         file.load()
 
 
-def test_a_wrong_shape_names_service_and_key(file: StateFile, path: Path) -> None:
+def test_a_wrong_shape_names_service_and_key(file: StateFile[SavedService], path: Path) -> None:
     path.write_bytes(b'[{"name": "shop", "target_options": {"response_timeout": "30s"}}]')
     with pytest.raises(
         StateError, match=r"'shop': target_options\.response_timeout must be a whole number;"
@@ -190,7 +195,9 @@ def test_a_wrong_shape_names_service_and_key(file: StateFile, path: Path) -> Non
         file.load()
 
 
-def test_an_absurd_size_is_refused_without_reading_it_all(file: StateFile, path: Path) -> None:
+def test_an_absurd_size_is_refused_without_reading_it_all(
+    file: StateFile[SavedService], path: Path
+) -> None:
     with path.open("wb") as sparse:
         sparse.truncate(MAX_SIZE + 1)
     with pytest.raises(StateError, match="larger than 67108864 bytes"):
@@ -199,7 +206,7 @@ def test_an_absurd_size_is_refused_without_reading_it_all(file: StateFile, path:
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_not_a_file_is_refused_without_waiting(
-    file: StateFile, path: Path, make: Callable[[Path], None]
+    file: StateFile[SavedService], path: Path, make: Callable[[Path], None]
 ) -> None:
     make(path)
     with pytest.raises(StateError, match="not a regular file"):
@@ -209,10 +216,12 @@ def test_what_is_not_a_file_is_refused_without_waiting(
 def test_a_file_for_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("")
     with pytest.raises(StateError, match=re.escape(f"{tmp_path}/config/kamal-proxy.state: ")):
-        StateFile(tmp_path / "config" / "kamal-proxy.state").open()
+        StateFile(tmp_path / "config" / "kamal-proxy.state", state_format).open()
 
 
-def test_what_could_not_be_read_again_is_not_saved(file: StateFile, path: Path) -> None:
+def test_what_could_not_be_read_again_is_not_saved(
+    file: StateFile[SavedService], path: Path
+) -> None:
     file.save(OLD)
     with pytest.raises(StateError, match=f"{re.escape(str(path))}: service 'app' occurs twice"):
         file.save(OLD + OLD)
@@ -236,8 +245,9 @@ def test_leftovers_of_a_crashed_run_are_removed_and_nothing_else(path: Path) -> 
 
 HOLDER = """
 import sys
+from kamal_proxy import state_format
 from kamal_proxy.state import StateFile
-with StateFile(sys.argv[1]):
+with StateFile(sys.argv[1], state_format):
     print("open", flush=True)
     sys.stdin.read()
 """
@@ -253,17 +263,53 @@ def test_a_second_process_is_refused_until_the_first_ends(path: Path) -> None:
         with pytest.raises(
             StateError, match=f"another kamal-proxy is using the saved state {re.escape(str(path))}"
         ):
-            StateFile(path).open()
+            StateFile(path, state_format).open()
         holder.kill()
-    with StateFile(path) as file:
+    with StateFile(path, state_format) as file:
         assert file.load() is None
 
 
-def test_the_lock_is_also_kept_within_a_process(file: StateFile, path: Path) -> None:
+def test_the_lock_is_also_kept_within_a_process(file: StateFile[SavedService], path: Path) -> None:
     with pytest.raises(StateError, match="another kamal-proxy"):
-        StateFile(path).open()
+        StateFile(path, state_format).open()
     file.close()
-    StateFile(path).open().close()
+    StateFile(path, state_format).open().close()
+
+
+# Other formats
+
+
+class Lines:
+    """A format without JSON: a name per line."""
+
+    def decode(self, content: bytes) -> tuple[str, ...]:
+        if not content.endswith(b"."):
+            raise StateFormatError("the last line must be a dot")
+        return tuple(content.decode().split("\n")[:-1])
+
+    def encode(self, services: Iterable[str]) -> bytes:
+        names = tuple(services)
+        if "" in names:
+            raise StateFormatError("a name is empty")
+        return "\n".join([*names, "."]).encode()
+
+
+def test_what_is_inside_is_up_to_the_format(path: Path) -> None:
+    with StateFile(path, Lines()) as file:
+        file.save(["a", "b"])
+        file.save(["c"])
+        assert (path.read_bytes(), file.previous_path.read_bytes()) == (b"c\n.", b"a\nb\n.")
+        assert file.load() == ("c",)
+        with pytest.raises(StateError, match=r"can't save the state to .*: a name is empty"):
+            file.save([""])
+        put(path, b"c")
+        with pytest.raises(StateError) as caught:
+            file.load()
+    assert str(caught.value) == (
+        f"the saved state {path} can't be used: the last line must be a dot; its previous version "
+        f"{path}.previous is intact: copy it to {path} to start from it, or move {path} away to "
+        "start without services"
+    )
 
 
 # Failures of the operating system
@@ -311,11 +357,13 @@ class FailingOs:
         return call
 
 
-def open_with(monkeypatch: pytest.MonkeyPatch, path: Path, fake: FailingOs) -> StateFile:
+def open_with(
+    monkeypatch: pytest.MonkeyPatch, path: Path, fake: FailingOs
+) -> StateFile[SavedService]:
     """Open a state that holds OLD, with OLDER before it; then let the fake take over."""
     put(path, encode(OLD))
     path.with_name(path.name + ".previous").write_bytes(encode(OLDER))
-    file = StateFile(path).open()
+    file = StateFile(path, state_format).open()
     assert file.load() == OLD
     monkeypatch.setattr(state, "os", fake)
     return file
@@ -350,7 +398,7 @@ def test_a_crash_at_any_call_leaves_a_complete_state(
     assert path.with_name(path.name + ".previous").read_bytes() in (encode(OLDER), encode(OLD))
     assert reload(path) == (NEW if renamed else OLD)
     assert not [name for name in names(path) if name.endswith(".tmp")]
-    with StateFile(path) as again:
+    with StateFile(path, state_format) as again:
         again.save(NEW)
         assert again.load() == NEW
 
@@ -416,7 +464,7 @@ def test_the_lock_file_that_cannot_be_made_is_told(
 ) -> None:
     monkeypatch.setattr(state, "os", FailingOs(failing=0, error=errno.EROFS))
     with pytest.raises(StateError) as caught:
-        StateFile(path).open()
+        StateFile(path, state_format).open()
     assert str(caught.value) == (
         f"can't write beside the saved state {path}: Read-only file system; "
         f"mount it writable (this process is user {os.geteuid()})"
@@ -425,7 +473,7 @@ def test_the_lock_file_that_cannot_be_made_is_told(
 
 def test_a_file_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     put(path, encode(OLD))
-    with StateFile(path) as file:
+    with StateFile(path, state_format) as file:
         monkeypatch.setattr(state, "os", FailingOs(failing=0, error=errno.EACCES))
         with pytest.raises(StateError) as caught:
             file.load()
@@ -440,4 +488,4 @@ def test_a_file_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch, pat
 def test_a_directory_without_write_permission_is_told(path: Path) -> None:
     path.parent.mkdir(mode=0o500)
     with pytest.raises(StateError, match="Permission denied; check owner and permissions"):
-        StateFile(path).open()
+        StateFile(path, state_format).open()

@@ -13,15 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kamal_proxy.json_format import StateFormatError
 from kamal_proxy.options import HealthCheckOptions, PathTimeout, ServiceOptions, TargetOptions
-from kamal_proxy.state_format import (
-    SavedPause,
-    SavedRollout,
-    SavedService,
-    StateFormatError,
-    decode,
-    encode,
-)
+from kamal_proxy.state_format import SavedPause, SavedRollout, SavedService, decode, encode
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -331,7 +325,7 @@ def test_what_is_not_a_state_is_refused_with_the_place(content: bytes, reason: s
 
 def test_an_absurd_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encode([SavedService(name="app")])
-    monkeypatch.setattr("kamal_proxy.state_format.MAX_SIZE", len(content))
+    monkeypatch.setattr("kamal_proxy.json_format.MAX_SIZE", len(content))
     assert len(decode(content)) == 1
     with pytest.raises(StateFormatError, match="larger than"):
         decode(content + b" ")

@@ -14,8 +14,8 @@ from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.upstream import ConnectError, UpstreamPool
 
 if TYPE_CHECKING:
-    from kamal_proxy.deployment import Target
     from kamal_proxy.options import HealthCheckOptions
+    from kamal_proxy.probing import Probed
     from kamal_proxy.sockets import Poller
 
 USER_AGENT = b"kamal-proxy"
@@ -30,7 +30,7 @@ class HttpProbe:
     def __init__(self, poller: Poller) -> None:
         self._poller = poller
 
-    async def __call__(self, target: Target, options: HealthCheckOptions) -> ProbeResult:
+    async def __call__(self, target: Probed, options: HealthCheckOptions) -> ProbeResult:
         """Probe a target once; takes no longer than ``options.timeout`` and never raises."""
         path = options.path if options.path.startswith("/") else "/" + options.path
         url = f"http://{target.host}:{options.port or target.port}{path}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 
+from kamal_proxy import state_format
 from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state import SavedPause, SavedService, StateFile
 from tests.running import open_embedded
@@ -27,7 +28,7 @@ def options(upstream: Upstream, **service: Any) -> Any:
 
 def save(directory: Path, upstream: Upstream, pause: SavedPause, **service: Any) -> None:
     """Save a service with TLS, which no deploy can make yet."""
-    with StateFile(directory / "kamal-proxy.state") as file:
+    with StateFile(directory / "kamal-proxy.state", state_format) as file:
         saved = SavedService(
             name="web",
             active_targets=(upstream.target,),
