@@ -18,10 +18,10 @@ export LEAK_ROUNDS ?= 1000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo run test lint format bench sanitize fuzz soak clean
+.PHONY: help build demo run test lint format bench bench-udp sanitize fuzz soak clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: $(BUILT) ## make .venv with the package, its command and the development tools
 	@echo '$(BIN)/kamal-proxy is built'
@@ -58,6 +58,9 @@ format: $(BUILT) ## format the code
 
 bench: $(BUILT) ## measure CPU per request and memory beside nginx (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.http_cpu $(BENCH_FLAGS)
+
+bench-udp: $(BUILT) ## measure CPU per datagram beside nginx and a bare C relay (BENCH_FLAGS=--smoke)
+	@$(BIN)/python -m benchmarks.udp $(BENCH_FLAGS)
 
 sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (LEAK_ROUNDS=1000000)
 	@.ci/sanitize $(BIN)/python

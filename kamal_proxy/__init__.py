@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         InvalidOptionsError,
         KamalProxyError,
         ListenError,
+        PortConflictError,
         ResumedError,
         RolloutNotSetError,
         ServiceNotFoundError,
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
         TargetOptions,
     )
     from kamal_proxy.proxy import Proxy, open_proxy
+    from kamal_proxy.udp.options import (
+        SessionOptions,
+        UdpDeploymentOptions,
+        UdpDeployOptions,
+        UdpHealthCheckOptions,
+        UdpOptions,
+    )
 
 __version__ = "0.1.0"
 
@@ -52,6 +60,7 @@ __all__ = [
     "ListenError",
     "PathTimeout",
     "PauseOptions",
+    "PortConflictError",
     "Proxy",
     "ResumedError",
     "RolloutNotSetError",
@@ -61,9 +70,14 @@ __all__ = [
     "ServiceDescription",
     "ServiceNotFoundError",
     "ServiceOptions",
+    "SessionOptions",
     "StateError",
     "StopOptions",
     "TargetOptions",
+    "UdpDeployOptions",
+    "UdpDeploymentOptions",
+    "UdpHealthCheckOptions",
+    "UdpOptions",
     "__version__",
     "open_proxy",
 ]
@@ -77,6 +91,7 @@ _HOMES = {
         "InvalidOptionsError",
         "KamalProxyError",
         "ListenError",
+        "PortConflictError",
         "ResumedError",
         "RolloutNotSetError",
         "ServiceNotFoundError",
@@ -96,6 +111,13 @@ _HOMES = {
         "TargetOptions",
     ),
     "kamal_proxy.proxy": ("Proxy", "open_proxy"),
+    "kamal_proxy.udp.options": (
+        "SessionOptions",
+        "UdpDeployOptions",
+        "UdpDeploymentOptions",
+        "UdpHealthCheckOptions",
+        "UdpOptions",
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

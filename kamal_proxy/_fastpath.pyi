@@ -1,5 +1,8 @@
 """Types of the compiled hot paths; see _fastpath.pyx for the design."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
 def scan_head(data: bytes | bytearray | memoryview, start: int = 0) -> int:
     """Find the end of an HTTP/1.1 message head and refuse what is ambiguous (RFC 9112 2.2, 5.2).
 
@@ -78,3 +81,294 @@ class FrameTracker:
 
 def fnv1a_32(data: bytes | bytearray | memoryview) -> int:
     """Return the 32-bit FNV-1a hash of the data, which rollouts split requests by."""
+
+RUN_MORE: int
+"""Bits of what :meth:`Relay.run` returns: call it again, something is left."""
+RUN_NEWCOMERS: int
+"""There are newcomers."""
+RUN_REFUSED: int
+"""There are refusals."""
+RUN_EMPTIED: int
+"""The last session of a generation has ended."""
+DROP_REASONS: tuple[str, ...]
+"""Why datagrams are dropped; the labels of metrics."""
+END_REASONS: tuple[str, ...]
+"""Why sessions end; the labels of metrics."""
+
+def target_seed(text: bytes) -> int:
+    """Return what a target is known by in :func:`rendezvous`: splitmix64 of its 64-bit FNV-1a."""
+
+def rendezvous(key: bytes, seeds: Iterable[int], secret: int) -> int:
+    """Choose a target for a key by rendezvous hashing (highest random weight).
+
+    Args:
+        key: What is chosen for; equal keys choose the same target.
+        seeds: What :func:`target_seed` returned for each target.
+        secret: 64 bits that all choices share.
+
+    Returns:
+        The place of the target whose splitmix64(FNV-1a(key, basis xor secret) xor seed) is highest.
+
+    Raises:
+        ValueError: there is no target.
+    """
+
+class SourcePorts:
+    """Which source ports lead to which target address, for all relays of a proxy.
+
+    The same port may lead to several addresses at once, but to each only once. Other processes that
+    bind ports of the range with SO_REUSEADDR and use the same targets are not known of.
+
+    Args:
+        low: The first port of the range.
+        high: The last one.
+
+    Raises:
+        ValueError: these are no ports.
+    """
+
+    def __init__(self, low: int, high: int) -> None: ...
+
+class Relay:
+    """Moves the datagrams of one UDP service; see _relay.pxi for the design.
+
+    It waits for nothing: whoever owns it waits for :meth:`fileno` to become readable and calls
+    :meth:`run`. Listeners, targets, generations and sessions are known by numbers, which are used
+    again once what they named is gone. Addresses are 16 bytes, IPv4 mapped into IPv6; the bytes of
+    an end are an address followed by its port in network order. Every method but :meth:`close`
+    raises ValueError once the relay is closed, and for numbers that name nothing.
+
+    Args:
+        seed: 16 random bytes for the hashes of the table of sessions.
+        sockets: False for a relay that opens no upstream sockets and sends nothing to targets; for
+            tests of its memory.
+
+    Raises:
+        OSError: there is no descriptor left.
+
+    Attributes:
+        RECORD_SIZE: Bytes of one session in what :meth:`export` returns.
+        mode: 0: all datagrams pass; 1: newcomers' are dropped; 2: all are dropped.
+        limit: Sessions that there may be; above it newcomers are dropped without asking, unless
+            some session was never answered.
+    """
+
+    RECORD_SIZE: ClassVar[int]
+    mode: int
+    limit: int
+
+    def __init__(self, seed: bytes, *, sockets: bool = True) -> None: ...
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when :meth:`run` has something to do."""
+
+    def close(self) -> None:
+        """End all sessions and close all descriptors but the listeners'; harmless when repeated."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    @property
+    def live(self) -> int:
+        """How many sessions there are."""
+
+    @property
+    def changes(self) -> int:
+        """A number that differs when sessions have begun, ended or moved."""
+
+    def listen(self, fd: int) -> int:
+        """Read from a bound UDP socket of AF_INET6 or AF_INET, which must not block.
+
+        Args:
+            fd: Its descriptor; the caller closes it after :meth:`unlisten` or :meth:`close`.
+
+        Returns:
+            The listener's number.
+
+        Raises:
+            OSError: it is no such socket.
+        """
+
+    def unlisten(self, number: int) -> None:
+        """Forget a listener; its sessions end."""
+
+    def add_target(self, host: str, port: int, scope: int = 0) -> int:
+        """Return the number of a new target.
+
+        Args:
+            host: Numeric IP address.
+            port: Port.
+            scope: Number of the interface of a link-local address (RFC 4007).
+
+        Raises:
+            ValueError: the host is no IP address.
+        """
+
+    def drop_target(self, number: int) -> None:
+        """Open no further session to a target; those that it has go on."""
+
+    def set_down(self, target: int, down: bool) -> None:
+        """Say whether a target is unhealthy: sessions without affinity pass it over."""
+
+    def add_generation(self, idle: float, unanswered: float, *, affinity: bool = True) -> int:
+        """Return the number of a new generation of sessions.
+
+        Args:
+            idle: Seconds without a datagram in either direction after which a session is over.
+            unanswered: The same for one that no target has ever answered.
+            affinity: Whether a session has one target; otherwise each datagram goes to the next.
+        """
+
+    def retire(self, generation: int) -> None:
+        """Take the sessions of a generation without affinity from their clients.
+
+        They live on for answers that are on their way, until these cease for two seconds. Sessions
+        with affinity go on as before.
+        """
+
+    def adopt(self, former: int, generation: int, targets: Mapping[int, int]) -> None:
+        """Make the sessions of some targets those of another generation; they notice nothing.
+
+        Sessions without affinity stay.
+
+        Args:
+            former: The generation that they belong to.
+            generation: The generation that they will belong to.
+            targets: For each of their targets another number of the same address.
+        """
+
+    def drop_generation(self, number: int) -> None:
+        """Forget a generation; it must have no session left."""
+
+    def sessions(self, generation: int) -> int:
+        """Return how many sessions a generation has."""
+
+    def ended(self, generation: int) -> dict[str, int]:
+        """Return how many sessions of a generation have ended, by reason."""
+
+    def end_some(self, generation: int, count: int, *, removed: bool = False) -> int:
+        """Cut some sessions of a generation.
+
+        Args:
+            generation: The generation.
+            count: How many at most.
+            removed: Whether the reason is that the service was removed, not a drain.
+
+        Returns:
+            How many sessions it still has.
+        """
+
+    def use_ports(self, ports: SourcePorts) -> None:
+        """Choose upstream source ports from these, from now on, each once per target address.
+
+        Otherwise the kernel chooses them, each once per host.
+
+        Raises:
+            ValueError: it uses others already.
+        """
+
+    def counters(self) -> dict[str, Any]:
+        """Return all counters; those under ``dropped`` and ``ended`` are dicts by reason."""
+
+    def run(self, milliseconds: int) -> int:
+        """Move what waits; what newcomers sent before the last call is dropped.
+
+        While much is moved, it waits up to 0.1 ms at a time for more.
+
+        Args:
+            milliseconds: Time after which it returns, give or take a few hundred datagrams.
+
+        Returns:
+            The sum of ``RUN_*``.
+        """
+
+    def newcomers(self) -> list[tuple[int, int, bytes, bytes]]:
+        """Return the clients without a session: number, listener, client's end, local end."""
+
+    def following(self, number: int) -> tuple[int, int] | None:
+        """Return generation and target of a live session of a newcomer's address, if any."""
+
+    def admit(
+        self, number: int, generation: int, targets: Sequence[int], header: bytes = b""
+    ) -> None:
+        """Begin the session of a newcomer and send on what it has sent so far.
+
+        Args:
+            number: The newcomer.
+            generation: The generation that the session belongs to.
+            targets: Its target; without affinity, all of them.
+            header: What each datagram to the target begins with, at most 52 bytes.
+
+        Raises:
+            OSError: no socket can be had, or the target can't be reached.
+        """
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Drop what a newcomer has sent, for one of ``DROP_REASONS``."""
+
+    def evict(self) -> bool:
+        """End the oldest session that was never answered; return False if there is none."""
+
+    def refusals(
+        self,
+    ) -> list[tuple[int, int, int, bool, bool, int, int, float, bytes, bytes]]:
+        """Return the sessions whose target's port was found closed during the last run.
+
+        Each with its number, generation and target; whether it has affinity and was ever answered;
+        how often it has moved; how often it was refused since it last heard from the target, and
+        the seconds between the first and the last of these; the client's and the local end.
+        """
+
+    def move(self, session: int, generation: int, target: int) -> bool:
+        """Move a session to another target, from another source port.
+
+        One that was never answered sends its first datagram again, if that was small.
+
+        Returns:
+            False if the session has ended.
+
+        Raises:
+            OSError: no socket can be had, or the target can't be reached; nothing has changed.
+        """
+
+    def export(self, generation: int, numbers: Mapping[int, int]) -> bytes:
+        """Return the sessions of a generation as records of ``udp.saved_sessions.RECORD``.
+
+        Sessions without affinity, and those of other targets, are left out.
+
+        Args:
+            generation: The generation.
+            numbers: What records have for each target.
+        """
+
+    def restore(
+        self,
+        listener: int,
+        client: bytes,
+        scope: int,
+        local: bytes,
+        generation: int,
+        target: int,
+        port: int,
+        answered: bool,
+        idle: float,
+        header: bytes = b"",
+    ) -> None:
+        """Begin a session that an earlier process had.
+
+        Args:
+            listener: Its listener.
+            client: The client's end.
+            scope: Number of the interface of a link-local client, otherwise 0.
+            local: Address that the client sends to, 16 bytes.
+            generation: The generation that it belongs to.
+            target: Its target.
+            port: The source port that the target knows it by.
+            answered: Whether the target has ever answered it.
+            idle: Seconds since its last datagram.
+            header: As for :meth:`admit`.
+
+        Raises:
+            OSError: the source port is taken, or no socket can be had.
+            ValueError: there is such a session already.
+        """

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, cdivision=True
 """Compiled hot paths.
 
 Design. What is here takes bytes-like objects, checks the length once, then walks raw pointers and
@@ -6,6 +6,8 @@ allocates no Python object per byte. The buffer belongs to the caller and is onl
 held (PyObject_GetBuffer .. PyBuffer_Release) for the duration of one call. Every function that
 parses has a slow, obvious twin in tests/reference and a hypothesis test that both agree.
 """
+
+import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 
@@ -335,3 +337,6 @@ def fnv1a_32(data):
     finally:
         PyBuffer_Release(&view)
     return value
+
+
+include "_relay.pxi"

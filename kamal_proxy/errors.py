@@ -62,6 +62,12 @@ class HostConflictError(KamalProxyError):
     code = "host_conflict"
 
 
+class PortConflictError(KamalProxyError):
+    """Another service already has the UDP port; the sentence names it."""
+
+    code = "port_conflict"
+
+
 class DeployFailedError(KamalProxyError):
     """The new targets never became healthy; nothing changed. ``details`` has a line per target."""
 

@@ -230,6 +230,27 @@ class Metrics:
             raise ValueError(f"there is already a metric {name}")
         self._gauges[name] = help, read
 
+    def table(
+        self,
+        name: str,
+        help: str,  # noqa: A002
+        labels: tuple[str, ...],
+        rows: Callable[[], Iterable[tuple[tuple[str | int, ...], int]]],
+        *,
+        falls: bool = False,
+    ) -> None:
+        """Add a counter that somebody else counts, or a gauge.
+
+        Args:
+            name: Its whole name.
+            help: One sentence.
+            labels: Names of its labels.
+            rows: Returns the values of the labels and the count of each series; called whenever
+                metrics are rendered, so it must be quick.
+            falls: Whether it is a gauge.
+        """
+        self._families.append(_Numbers(name, help, labels, rows=rows, falls=falls))
+
     def _numbers(
         self, name: str, documentation: str, labels: tuple[str, ...], *, falls: bool = False
     ) -> defaultdict[_Key, int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kamal_proxy import listeners, state_format
+from kamal_proxy.all_services import AllServices
 from kamal_proxy.control.api import ControlServer
 from kamal_proxy.errors import ShuttingDownError
 from kamal_proxy.http.bodies import Spill
@@ -34,6 +35,9 @@ from kamal_proxy.options import (
 from kamal_proxy.services import Services
 from kamal_proxy.sockets import Poller
 from kamal_proxy.state import StateFile
+from kamal_proxy.udp import state_format as udp_state_format
+from kamal_proxy.udp.services import UdpServices
+from kamal_proxy.udp.session_store import SessionStore
 
 if TYPE_CHECKING:
     import socket
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from kamal_proxy.deployment import DrainResult
     from kamal_proxy.listeners import Address
     from kamal_proxy.sockets import SocketStream
+    from kamal_proxy.udp.options import UdpDeployOptions
 
 # Of the time for shutting down, this much is kept for telling those who did not finish, and this
 # much for ending the process: who sent SIGTERM often sends SIGKILL when the time is over.
@@ -68,7 +73,7 @@ class Proxy:
         self._started = False
         self._stop = trio.Event()
         self._metrics = Metrics()
-        self._services: Services | None = None
+        self._services: AllServices | None = None
         self._http: HttpServer | None = None
 
     def __repr__(self) -> str:
@@ -94,9 +99,13 @@ class Proxy:
         options = self.options
         options.validate()
         with contextlib.ExitStack() as stack:
-            state = None
+            state = udp_state = sessions = None
             if options.state_path is not None:
                 state = stack.enter_context(StateFile(options.state_path, state_format))
+            if options.udp_state_path is not None and options.udp_sessions_path is not None:
+                path = options.udp_state_path
+                udp_state = stack.enter_context(StateFile(path, udp_state_format))
+                sessions = SessionStore(options.udp_sessions_path)
             poller = Poller()
             stack.callback(poller.close)
 
@@ -111,7 +120,16 @@ class Proxy:
                 load_pages=load_error_pages,
                 metrics=self._metrics,
             )
-            restored = services.restore()
+            udp = UdpServices(
+                udp_state,
+                sessions,
+                self._log,
+                bind=options.bind,
+                default_port=options.udp_port,
+                http_probe=HttpProbe(poller),
+                metrics=self._metrics,
+            )
+            restored, udp_restored = services.restore(), udp.restore()
             bound = _listen(options.bind, options.http_port, stack)
             scraped = []
             if options.metrics_port:
@@ -123,11 +141,16 @@ class Proxy:
                 await base.start(poller.run)
                 async with trio.open_nursery() as deployments:
                     await services.start(deployments, restored)
-                    self._services = services
+                    await udp.start(deployments, udp_restored)
+                    self._services = AllServices(services, udp, self._log)
                     try:
-                        await self._serve(services, bound, scraped, control, poller, task_status)
+                        await self._serve(
+                            services, udp, bound, scraped, control, poller, task_status
+                        )
                     finally:
                         services.close()
+                        udp.close()
+                        udp.save_sessions()
                         deployments.cancel_scope.cancel(reason="the proxy stops")
                 base.cancel_scope.cancel(reason="the proxy stops")
             self._log.info("Server stopped")
@@ -151,6 +174,7 @@ class Proxy:
     async def _serve(
         self,
         services: Services,
+        udp: UdpServices,
         bound: list[socket.socket],
         scraped: list[socket.socket],
         control: socket.socket | None,
@@ -174,7 +198,8 @@ class Proxy:
                 async with trio.open_nursery() as acceptors:
                     acceptors.start_soon(http.accept, bound, poller, clients)
                     if control is not None:
-                        server = ControlServer(services, operations, self._log)
+                        assert self._services is not None
+                        server = ControlServer(self._services, operations, self._log)
                         acceptors.start_soon(
                             self._accept_some, server.handle, "Admin API", control, poller, callers
                         )
@@ -191,6 +216,7 @@ class Proxy:
                 for listener in bound:
                     listener.close()
                 services.close()
+                udp.close()
                 operations.cancel_scope.cancel(reason="the proxy stops")
                 callers.cancel_scope.deadline = trio.current_time() + _ABORT_TIME
                 http.close_idle(deadline - _ABORT_TIME)
@@ -254,24 +280,30 @@ class Proxy:
         """Deploy a service; see :meth:`kamal_proxy.services.Services.deploy`."""
         return await self._running().deploy(options, progress)
 
+    async def deploy_udp(
+        self, options: UdpDeployOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Deploy a UDP service; see :meth:`kamal_proxy.udp.services.UdpServices.deploy`."""
+        return await self._running().deploy_udp(options, progress)
+
     async def remove(self, name: str) -> None:
-        """Remove a service; see :meth:`kamal_proxy.services.Services.remove`."""
+        """Remove a service; see :meth:`kamal_proxy.all_services.AllServices.remove`."""
         await self._running().remove(name)
 
     async def pause(
         self, name: str, options: PauseOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
-        """Pause a service; see :meth:`kamal_proxy.services.Services.pause`."""
+        """Pause a service; see :meth:`kamal_proxy.all_services.AllServices.pause`."""
         return await self._running().pause(name, options, progress)
 
     async def stop_service(
         self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
-        """Stop a service; see :meth:`kamal_proxy.services.Services.stop_service`."""
+        """Stop a service; see :meth:`kamal_proxy.all_services.AllServices.stop_service`."""
         return await self._running().stop_service(name, options, progress)
 
     async def resume(self, name: str) -> None:
-        """Resume a service; see :meth:`kamal_proxy.services.Services.resume`."""
+        """Resume a service; see :meth:`kamal_proxy.all_services.AllServices.resume`."""
         await self._running().resume(name)
 
     async def deploy_rollout(
@@ -296,7 +328,7 @@ class Proxy:
         """Describe all services, sorted by name."""
         return self._running().describe()
 
-    def _running(self) -> Services:
+    def _running(self) -> AllServices:
         if self._services is None:
             raise ShuttingDownError("the proxy is not running")
         return self._services

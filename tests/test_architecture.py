@@ -17,21 +17,25 @@ ROOT = Path(kamal_proxy.__file__).parent
 # ``control.messages`` and ``logs`` are far down because they are plain data and a plain sink.
 LAYERS = [
     {"errors", "_fastpath"},
-    {"durations", "logs", "matching", "metrics", "networks", "proxy_protocol"},
-    {"options"},
+    {"durations", "logs", "matching", "metrics", "networks", "proxy_protocol", "rules"},
+    {"options", "udp.options", "json_format"},
     {"balancer", "health", "control.messages", "state_format"},
-    {"state", "sockets", "control.client"},
+    {"state", "sockets", "control.client", "probing"},
     {"deployment", "listeners"},
     {"service"},
     {"router"},
     {"reports", "restoring", "http"},
-    {"services"},
+    {"services", "udp"},
+    {"all_services"},
     # The admin API and the metrics are served by the project's own HTTP codec.
     {"control.api", "metrics_server"},
     {"proxy"},
     {"process"},
 ]
-CLI_MAY_KNOW = {"cli", "errors", "durations", "options", "control.messages", "control.client"}
+CLI_MAY_KNOW = {
+    "cli", "errors", "durations", "rules", "options", "udp.options", "control.messages",
+    "control.client",
+}  # fmt: skip
 PURE = {
     "balancer",
     "control.messages",
@@ -46,12 +50,19 @@ PURE = {
     "http.pages",
     "http.templates",
     "http.websocket",
+    "json_format",
     "matching",
     "networks",
     "options",
     "proxy_protocol",
     "router",
+    "rules",
     "state_format",
+    "udp.affinity",
+    "udp.drains",
+    "udp.options",
+    "udp.saved_sessions",
+    "udp.state_format",
 }
 IMPURE = {"trio", "socket", "ssl", "time", "random"}
 # ``router`` only names Service in types; service.py holds a live Deployment and is not pure.
@@ -70,7 +81,9 @@ MODULES = modules()
 
 def room(name: str) -> str:
     """Return the part of a module's name that the layers speak of."""
-    return name.split(".")[0] if name.startswith(("http", "cli")) else name
+    if name.startswith(("http", "cli", "udp")) and name != "udp.options":
+        return name.split(".")[0]
+    return name
 
 
 def imports(name: str, *, types: bool = True, lazy: bool = True) -> set[str]:

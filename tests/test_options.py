@@ -307,6 +307,8 @@ def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
         ({"http_port": -1}, "http-port -1 must be from 0 to 65535"),
         ({"https_port": 65536}, "https-port 65536 must be from 0 to 65535"),
         ({"metrics_port": 70000}, "metrics-port 70000 must be from 0 to 65535"),
+        ({"udp_port": 0}, "udp-port 0 must be from 1 to 65535"),
+        ({"udp_port": 65536}, "udp-port 65536 must be from 1 to 65535"),
         ({"head_timeout": 0.0}, "head-timeout must be more than zero"),
         ({"idle_timeout": -1.0}, "idle-timeout must be more than zero"),
         ({"shutdown_timeout": -1.0}, "shutdown-timeout must not be negative"),
@@ -339,8 +341,17 @@ def test_run_options(fields: dict[str, Any], message: str) -> None:
 
 def test_run_options_at_their_defaults() -> None:
     RunOptions().validate()
-    assert RunOptions().state_path is None
-    assert RunOptions(data_directory=Path("/d")).state_path == Path("/d/kamal-proxy.state")
+    assert RunOptions().udp_port == 8080
+
+
+def test_files_of_the_data_directory() -> None:
+    nothing, saved = RunOptions(), RunOptions(data_directory=Path("/d"))
+    for options in (nothing, saved):
+        options.validate()
+    assert nothing.state_path is nothing.udp_state_path is nothing.udp_sessions_path is None
+    assert saved.state_path == Path("/d/kamal-proxy.state")
+    assert saved.udp_state_path == Path("/d/kamal-proxy-udp.state")
+    assert saved.udp_sessions_path == Path("/d/kamal-proxy-udp.sessions")
 
 
 @pytest.mark.parametrize(

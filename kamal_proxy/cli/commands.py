@@ -93,12 +93,13 @@ class Command:
 ROOT = Command(
     "",
     usage="[command]",
-    about="Switches web services to new versions without losing a request",
+    about="Switches web and UDP services to new versions without losing a request",
 )
 COMMANDS = (
     ROOT,
     Command("run", "kamal_proxy.cli.run:run"),
     Command("deploy", "kamal_proxy.cli.deploy:deploy", "<service>"),
+    Command("deploy-udp", "kamal_proxy.cli.deploy_udp:deploy_udp", "<service>"),
     Command("remove", "kamal_proxy.cli.remove:remove", "<service>", ("rm",)),
     Command("pause", "kamal_proxy.cli.pause:pause", "<service>"),
     Command("stop", "kamal_proxy.cli.pause:stop", "<service>"),

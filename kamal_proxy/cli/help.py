@@ -16,12 +16,15 @@ from kamal_proxy.cli.commands import ROOT, Command, find_command
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import UsageError
 from kamal_proxy.options import NOT_SUPPORTED_YET
+from kamal_proxy.udp.options import NOT_SUPPORTED_YET as UDP_NOT_SUPPORTED_YET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _USUAL_WIDTH = 110  # where there is no terminal
 _MIN_TEXT = 30
+_MIN_NAME = 10  # columns of a command's name and the gap after it
+_UNSUPPORTED = NOT_SUPPORTED_YET | UDP_NOT_SUPPORTED_YET
 
 
 def help_command(*words: str) -> None:
@@ -70,8 +73,9 @@ def _usage_lines(command: Command) -> Iterator[str]:
         yield from ("Aliases:", f"  {', '.join((command.name, *command.aliases))}", "")
     if command.members:
         yield "Commands:"
+        column = max(_MIN_NAME, *(len(member.name) + 2 for member in command.members))
         for member in sorted(command.members, key=lambda member: member.name):
-            yield f"  {member.name:<10}{member.short_description}"
+            yield f"  {member.name:<{column}}{member.short_description}"
         yield ""
     yield "Flags:"
     yield from _flag_lines(command.grammar.flags.values())
@@ -98,7 +102,7 @@ def _flag_text(flag: Flag) -> str:
     text = flag.help
     if default := _default(flag):
         text += f" (default {default})"
-    if flag.name in NOT_SUPPORTED_YET:
+    if flag.name in _UNSUPPORTED:
         text += " [not supported yet]"
     return text
 

@@ -17,10 +17,11 @@ def list_services(
         Bool, Parameter(help="Print all that is known of them, as JSON, instead of a table")
     ] = False,
 ) -> None:
-    """List the services and where their requests go."""
+    """List the services and where their requests and datagrams go."""
     from kamal_proxy.control.client import ControlClient
 
-    services = sorted(ControlClient().services(), key=lambda service: service.name)
+    # An HTTP and a UDP service may have the same name; the first has no UDP ports.
+    services = sorted(ControlClient().services(), key=lambda each: (each.name, each.udp_ports))
     if json:
         sys.stdout.write(dumps([attrs.asdict(service) for service in services], indent=2) + "\n")
         return
@@ -29,7 +30,7 @@ def list_services(
         (
             service.name,
             ",".join(service.hosts) or "*",
-            ",".join(service.path_prefixes) or "/",
+            ",".join(service.udp_ports or service.path_prefixes) or "/",
             ",".join((*service.targets, *service.read_targets)),
             service.state,
             "yes" if service.tls else "no",

@@ -70,10 +70,22 @@ class Progress:
     Args:
         stream: Where to show them; nothing is written unless it is a terminal.
         draining: Which requests those are whose end is waited for, after their number.
+        unit: The noun for one of what is in flight.
+        summary: Whether the last line tells how the drain went; a command that prints that as its
+            result needs it only once.
     """
 
-    def __init__(self, stream: TextIO | None, draining: str) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None,
+        draining: str,
+        *,
+        unit: str = "request",
+        summary: bool = True,
+    ) -> None:
         self._draining = draining
+        self._unit = unit
+        self._tells_drain = summary
         self._stream = stream if stream is not None and stream.isatty() else None
         self._rewrites = os.environ.get("TERM", "dumb") != "dumb"
         self._probes: dict[str, int] = {}
@@ -104,19 +116,19 @@ class Progress:
             case "healthy":
                 self._settle("healthy", f"all targets answer, after {after}")
             case "switched":
-                self._settle("switched", "new requests go to the new targets")
+                self._settle("switched", f"new {self._unit}s go to the new targets")
             case "draining" if event.in_flight:
-                self._rewrite("draining", f"{_requests(event.in_flight)} {self._draining}")
+                left = counted(event.in_flight, self._unit)
+                self._rewrite("draining", f"{left} {self._draining}")
             case "done":
                 self._settle("done", self._summary(event, after))
 
-    @staticmethod
-    def _summary(event: Event, after: str) -> str:
+    def _summary(self, event: Event, after: str) -> str:
         parts = [f"after {after}"]
-        if event.completed:
-            parts.append(f"{_requests(event.completed)} finished")
-        if event.cancelled:
-            parts.append(f"{_requests(event.cancelled)} cut off by the drain timeout")
+        if event.completed and self._tells_drain:
+            parts.append(f"{counted(event.completed, self._unit)} finished")
+        if event.cancelled and self._tells_drain:
+            parts.append(f"{counted(event.cancelled, self._unit)} cut off by the drain timeout")
         return ", ".join(parts)
 
     def _rewrite(self, label: str, text: str) -> None:
@@ -145,5 +157,6 @@ class Progress:
         return os.get_terminal_size(self._stream.fileno()).columns or 80
 
 
-def _requests(count: int) -> str:
-    return "1 request" if count == 1 else f"{count} requests"
+def counted(count: int, unit: str) -> str:
+    """Return a number of things in words, such as ``1 session`` or ``2 sessions``."""
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"

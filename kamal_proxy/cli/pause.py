@@ -29,6 +29,8 @@ def pause(
 
     Returns when the requests in flight have finished. Requests for the service's health-check path
     are still answered, with 200. Neither a deploy nor a restart of the proxy ends a pause.
+
+    A UDP service of that name is paused too: the datagrams of new sessions are dropped.
     """
     options = PauseOptions(drain_timeout=drain_timeout, max_pause=max_pause)
     options.validate()
@@ -53,6 +55,8 @@ def stop(
 
     Returns when the requests in flight have finished. Requests for the service's health-check path
     are still answered, with 200. Neither a deploy nor a restart of the proxy starts it again.
+
+    A UDP service of that name is stopped too: all its datagrams are dropped.
     """
     options = StopOptions(drain_timeout=drain_timeout, message=message)
     options.validate()
@@ -65,7 +69,7 @@ def stop(
 def resume(service: str, /) -> None:
     """Resume a service that was paused or stopped.
 
-    Requests that wait for the end of a pause go on.
+    Requests that wait for the end of a pause go on. A UDP service of that name is resumed too.
     """
     from kamal_proxy.control.client import ControlClient
 

@@ -1,10 +1,11 @@
-"""``kamal-proxy remove``: takes a service out of the proxy."""
+"""``kamal-proxy remove``: takes a service out of the proxy, also a UDP service."""
 
 
 def remove(service: str, /) -> None:
     """Remove a service.
 
-    Its hosts and paths are free again at once; requests in flight are not waited for.
+    Its hosts and paths are free again at once; requests in flight are not waited for. A UDP service
+    of that name is removed too: its sessions are cut and its port is free again.
     """
     from kamal_proxy.control.client import ControlClient
 

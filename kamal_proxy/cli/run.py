@@ -52,6 +52,13 @@ def run(
         Int | None,
         Parameter(help="Port for metrics, 0 for none; from $METRICS_PORT if not given"),
     ] = None,
+    udp_port: Annotated[
+        Int | None,
+        Parameter(
+            help="Port of UDP services deployed without --port; from $UDP_PORT if not given, and "
+            f"{_DEFAULTS.udp_port} without that"
+        ),
+    ] = None,
     http3: Annotated[Bool, Parameter(help="Serve HTTP/3 on the HTTPS port")] = False,
     bind: Annotated[
         Strings | None, Parameter(help="Address to listen on; all if none (repeatable)")
@@ -145,6 +152,7 @@ def run(
         http_port=_port("HTTP_PORT", http_port, _DEFAULTS.http_port),
         https_port=_port("HTTPS_PORT", https_port, _DEFAULTS.https_port),
         metrics_port=_port("METRICS_PORT", metrics_port, _DEFAULTS.metrics_port),
+        udp_port=_port("UDP_PORT", udp_port, _DEFAULTS.udp_port),
         http3=http3,
         data_directory=default_data_directory(),
         socket_path=default_socket_path(),

@@ -35,6 +35,7 @@ from kamal_proxy.options import (
     RolloutSplit,
     StopOptions,
 )
+from kamal_proxy.udp.options import UdpDeployOptions
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -51,12 +52,14 @@ _LAST = ("done", "failed")  # the events that end a report
 _STATUS = {
     "service_not_found": 404,
     "host_conflict": 409,
+    "port_conflict": 409,
     "resumed": 409,
     "rollout_not_set": 409,
     "error_pages": 422,
     "invalid_options": 422,
     "invalid_duration": 422,
     "not_supported_yet": 422,
+    "listen": 500,
     "state": 500,
     "shutting_down": 503,
 }
@@ -73,6 +76,11 @@ class Controlled(Protocol):
 
     async def deploy(self, options: DeployOptions, progress: Callable[[Event], None]) -> object:
         """Deploy a service."""
+
+    async def deploy_udp(
+        self, options: UdpDeployOptions, progress: Callable[[Event], None]
+    ) -> object:
+        """Deploy a UDP service."""
 
     async def remove(self, name: str) -> None:
         """Remove a service."""
@@ -187,14 +195,14 @@ class _Call:
         await self._answer(200, {"services": services})
 
     async def deploy(self, name: str, body: bytes) -> None:
-        document = _parse(body)
-        if document.setdefault("service", name) != name:
-            raise InvalidOptionsError(
-                f"the document names service '{document['service']}', the URL '{name}'"
-            )
-        options = from_json(DeployOptions, document)
+        options = from_json(DeployOptions, _parse_named(name, body))
         options.validate()
         await self._operate("Deploy", name, partial(self._services.deploy, options))
+
+    async def deploy_udp(self, name: str, body: bytes) -> None:
+        options = from_json(UdpDeployOptions, _parse_named(name, body))
+        options.validate()
+        await self._operate("UDP deploy", name, partial(self._services.deploy_udp, options))
 
     async def remove(self, name: str, _body: bytes) -> None:
         await self._services.remove(name)
@@ -265,12 +273,12 @@ class _Call:
             await operation(report.add)
         except KamalProxyError as error:
             report.add(_failed_event(error))
-        except trio.Cancelled:
-            report.add(_failed_event(ShuttingDownError("the proxy is shutting down")))
-            raise
         except Exception as error:  # a bug must cost one operation, not the proxy
             self._log.error(f"{what} failed", service=name, error=repr(error))
             report.add(_failed_event(KamalProxyError("internal error; the proxy's log says more")))
+        except BaseException:  # cancelled; out of a nursery that is a group
+            report.add(_failed_event(ShuttingDownError("the proxy is shutting down")))
+            raise
 
     async def _fail(self, error: KamalProxyError) -> None:
         code = error.event.code if isinstance(error, _Failed) else error.code
@@ -303,6 +311,7 @@ _RESOURCES: Mapping[tuple[str | None, ...], _Methods] = {
     (): {"GET": _Call.version},
     ("services",): {"GET": _Call.list_services},
     ("services", None): {"PUT": _Call.deploy, "DELETE": _Call.remove},
+    ("udp-services", None): {"PUT": _Call.deploy_udp},
     ("services", None, "pause"): {"POST": _Call.pause},
     ("services", None, "stop"): {"POST": _Call.stop},
     ("services", None, "resume"): {"POST": _Call.resume},
@@ -375,4 +384,14 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise _BadRequest(400, f"the body is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise _BadRequest(400, "the body must be a JSON object")
+    return document
+
+
+def _parse_named(name: str, body: bytes) -> dict[str, Any]:
+    """Parse a document that may repeat the service's name, which the URL has given."""
+    document = _parse(body)
+    if document.setdefault("service", name) != name:
+        raise InvalidOptionsError(
+            f"the document names service '{document['service']}', the URL '{name}'"
+        )
     return document

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         RolloutSplit,
         StopOptions,
     )
+    from kamal_proxy.udp.options import UdpDeployOptions
 
 START_WAIT = 3.0  # seconds that a proxy may take to open its socket
 POLL_INTERVAL = 0.05
@@ -130,9 +131,18 @@ class ControlClient:
             KamalProxyError: the deploy failed; the proxy's own sentence and details.
             ControlSocketError: the proxy can't be reached, or ended in the middle.
         """
-        body = to_json(options)
-        del body["service"]
-        return self._follow("PUT", _service_path(options.service), body, "deploy", on_event)
+        path = _service_path(options.service)
+        return self._follow("PUT", path, _unnamed(options), "deploy", on_event)
+
+    def deploy_udp(self, options: UdpDeployOptions, on_event: Callable[[Event], None]) -> Event:
+        """Deploy a UDP service and wait for the end, as :meth:`deploy` does.
+
+        Raises:
+            PortConflictError: another service has the port.
+            KamalProxyError: as for :meth:`deploy`.
+        """
+        path = _service_path(options.service, collection="udp-services")
+        return self._follow("PUT", path, _unnamed(options), "deploy", on_event)
 
     def deploy_rollout(
         self, name: str, options: RolloutOptions, on_event: Callable[[Event], None]
@@ -238,10 +248,17 @@ def _io_errors() -> Iterator[None]:
         ) from error
 
 
-def _service_path(name: str, *parts: str) -> str:
+def _service_path(name: str, *parts: str, collection: str = "services") -> str:
     if not name:
         raise ServiceNotFoundError("service not found")
-    return "/".join(("/services", quote(name, safe="", errors="surrogateescape"), *parts))
+    return "/".join(("", collection, quote(name, safe="", errors="surrogateescape"), *parts))
+
+
+def _unnamed(options: DeployOptions | UdpDeployOptions) -> Any:
+    """Return the body of a deploy, without the name, which is in the path."""
+    body = to_json(options)
+    del body["service"]
+    return body
 
 
 def _read_json(response: http.client.HTTPResponse) -> Any:

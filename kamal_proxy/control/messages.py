@@ -23,12 +23,15 @@ T = TypeVar("T")
 
 @attrs.frozen(kw_only=True)
 class ServiceDescription:
-    """One row of ``list``.
+    """One row of ``list``. An HTTP and a UDP service of one name are two.
 
     Attributes:
         name: Service name.
         hosts: Hosts; empty means every host.
         path_prefixes: Path prefixes.
+        udp_ports: Ports of a UDP service, such as ``udp/9999``; an HTTP service has none.
+        protocol: What a UDP service's clients speak, such as ``udp``; empty for HTTP.
+        max_sessions: Most sessions of a UDP service at once; 0 for HTTP.
         targets: ``host:port`` of each active target that may be written to.
         read_targets: ``host:port`` of each active target for reading only.
         rollout_targets: Like ``targets``, of the rollout.
@@ -41,13 +44,16 @@ class ServiceDescription:
         stop_message: What visitors of a stopped service are told.
         max_pause: Seconds that requests to a paused service wait; 0 unless it is paused.
         tls: Whether the service uses TLS.
-        in_flight: Requests being served by the service's targets.
-        draining: Requests still being served by replaced targets.
+        in_flight: Requests, or sessions, being served by the service's targets.
+        draining: Requests, or sessions, still being served by replaced targets.
     """
 
     name: str
     hosts: tuple[str, ...] = ()
     path_prefixes: tuple[str, ...] = ()
+    udp_ports: tuple[str, ...] = ()
+    protocol: str = ""
+    max_sessions: int = 0
     targets: tuple[str, ...] = ()
     read_targets: tuple[str, ...] = ()
     rollout_targets: tuple[str, ...] = ()
@@ -74,9 +80,9 @@ class Event:
         target: The target concerned (``probe``).
         result: What the probe found, in words (``probe``).
         ok: Whether the probe succeeded (``probe``).
-        in_flight: Requests whose end is waited for (``draining``).
-        completed: Requests that finished during the drain (``done``).
-        cancelled: Requests cut by the drain deadline (``done``).
+        in_flight: Requests, or sessions, whose end is waited for (``draining``).
+        completed: Requests, or sessions, that finished during the drain (``done``).
+        cancelled: Requests cut by the drain deadline, or sessions that were cut (``done``).
         code: Stable name of the error (``failed``).
         message: The error's sentence (``failed``).
         details: Further lines about the error (``failed``).

@@ -70,7 +70,9 @@ class ScriptedProxy:
 
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DEBUG", "HTTP_PORT", "HTTPS_PORT", "METRICS_PORT", "COLUMNS", "TMPDIR"):
+    for name in ("DEBUG", "HTTP_PORT", "HTTPS_PORT", "METRICS_PORT", "UDP_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("COLUMNS", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     for name in [name for name in os.environ if name.startswith("KAMAL_PROXY_")]:
         monkeypatch.delenv(name)

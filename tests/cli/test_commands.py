@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+
+from kamal_proxy.cli.commands import find_command
+from tests.running import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +69,14 @@ USAGE = "Run 'kamal-proxy --help' for usage.\n"
         ),
         (["deploy", "a", "--target="], "at least one target is required"),
         (["deploy", "a", "--target=ho:1,x"], "x :invalid host pattern"),
+        (["deploy-udp"], "accepts 1 arg(s), received 0"),
+        (["deploy-udp", "a", "b"], "accepts 1 arg(s), received 2"),
+        (["deploy-udp", "a", "--target=xx:1", "--zero-downtime", "false"],
+         "accepts 1 arg(s), received 2"),
+        (["deploy-udp", "a"], 'required flag(s) "target" not set'),
+        (["deploy-udp", "a", "--force-kill-timeout=0"], 'required flag(s) "target" not set'),
+        (["deploy-udp", "a", "--target="], "at least one target is required"),
+        (["deploy-udp", "a", "--host=x"], "unknown flag: --host"),
         (["remove"], "accepts 1 arg(s), received 0"),
         (["rm", "a", "b"], "accepts 1 arg(s), received 2"),
         (["remove", "a", "--target=x"], "unknown flag: --target"),
@@ -131,7 +143,9 @@ def test_refused(command: Command, argv: list[str], message: str) -> None:
         ("hel", []),
         ("lis", ["list"]),
         ("LIST", ["list"]),
-        ("depl", ["deploy"]),
+        ("depl", ["deploy", "deploy-udp"]),
+        ("deploy-up", ["deploy-udp"]),
+        ("deployudp", ["deploy-udp"]),
         ("deploi", ["deploy"]),
         ("remov", ["remove"]),
         ("r", ["run", "remove", "resume", "rollout"]),
@@ -158,20 +172,24 @@ def test_unknown_command(command: Command, word: str, suggestions: list[str]) ->
 def test_help_of_the_program(command: Command, argv: list[str]) -> None:
     code, out, err = command(*argv)
     assert (code, err) == (0, "")
+    assert out.splitlines()[0] == (
+        "Switches web and UDP services to new versions without losing a request"
+    )
     assert out.splitlines()[2:] == [
         "Usage:",
         "  kamal-proxy [command]",
         "",
         "Commands:",
-        "  deploy    Deploy a service, or a new version of one, without losing a request",
-        "  help      Show help for a command",
-        "  list      List the services and where their requests go",
-        "  pause     Pause a service: new requests wait until it is resumed",
-        "  remove    Remove a service",
-        "  resume    Resume a service that was paused or stopped",
-        "  rollout   Serve some visitors from new targets first",
-        "  run       Run the proxy",
-        "  stop      Stop a service: new requests get an error page (503) until it is resumed",
+        "  deploy      Deploy a service, or a new version of one, without losing a request",
+        "  deploy-udp  Deploy a UDP service, or a new version of one",
+        "  help        Show help for a command",
+        "  list        List the services and where their requests and datagrams go",
+        "  pause       Pause a service: new requests wait until it is resumed",
+        "  remove      Remove a service",
+        "  resume      Resume a service that was paused or stopped",
+        "  rollout     Serve some visitors from new targets first",
+        "  run         Run the proxy",
+        "  stop        Stop a service: new requests get an error page (503) until it is resumed",
         "",
         "Flags:",
         "  -h, --help   Show this help for kamal-proxy",
@@ -183,11 +201,16 @@ def test_help_of_the_program(command: Command, argv: list[str]) -> None:
 @pytest.mark.parametrize(
     "argv", [["rm", "-h"], ["help", "rm"], ["help", "remove", "extra"], ["remove", "a", "b", "-h"]]
 )
-def test_help_of_a_command(command: Command, argv: list[str]) -> None:
+def test_help_of_a_command(
+    command: Command, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert command(*argv) == (
         0,
         "Remove a service\n\n"
-        "Its hosts and paths are free again at once; requests in flight are not waited for.\n\n"
+        "Its hosts and paths are free again at once; requests in flight are not waited for. "
+        "A UDP service of that name is removed too: its sessions are cut and its port is free "
+        "again.\n\n"
         "Usage:\n  kamal-proxy remove <service> [flags]\n\n"
         "Aliases:\n  remove, rm\n\n"
         "Flags:\n  -h, --help   Show this help for remove\n",
@@ -255,6 +278,45 @@ def test_help_of_deploy_lists_every_flag(command: Command, monkeypatch: pytest.M
     marked = {line.split()[0] for line in lines if line.endswith("[not supported yet]")}
     assert {"--tls", "--tls-on-demand-url"} <= marked
     assert not marked & {"--target", "--host", "--force", "--forward-headers", "--read-target"}
+
+
+def test_help_of_deploy_udp_lists_every_flag(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, _ = command("deploy-udp", "--help")
+    about, _, rest = out.partition("Usage:\n")
+    lines = rest.split("Flags:\n")[1].splitlines()
+    assert (code, len(lines)) == (0, 22)
+    assert rest.startswith("  kamal-proxy deploy-udp <service> [flags]\n")
+    for word in ("session", "drain", "--zero-downtime"):
+        assert word in about
+    marked = {line.split()[0] for line in lines if line.endswith("[not supported yet]")}
+    assert marked == {"--port-ranges", "--rtcp-policy"}
+    shown = dict(re.findall(r"^ +--(\S+) .* \(default (.*?)\)", "\n".join(lines), re.MULTILINE))
+    assert shown == {
+        "affinity-strategy": '"5-tuple"', "deploy-timeout": "30s", "drain-strategy": '"graceful"',
+        "drain-timeout": "30s", "force-kill-timeout": "2m0s", "health-check": '"tcp"',
+        "health-check-interval": "1s", "health-check-path": '"/up"', "health-check-timeout": "5s",
+        "max-sessions": "10000", "protocol": '"udp"', "rtcp-policy": '"auto"',
+        "session-affinity": "true", "session-timeout": "1m0s",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["pause", "stop", "resume", "remove"])
+def test_help_says_that_udp_services_are_meant_too(command: Command, word: str) -> None:
+    _, out, _ = command("help", word)
+    assert "UDP service of that name" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("words", ["run", "deploy", "deploy-udp", "pause", "stop"])
+def test_the_page_lists_every_flag(words: str) -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    section = page.partition(f"\n## {words}\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `--([\w-]+)(?: ([^`]+))?` \|", section, re.MULTILINE)
+    flags = find_command([words])[0].grammar.flags.values()
+    declared = [(flag.name, flag.kind.word) for flag in flags if flag.name != "help"]
+    assert sorted(listed) == sorted(declared)
 
 
 def test_help_is_as_wide_as_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +397,8 @@ def test_an_interrupt_is_no_traceback() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["list"], ["list", "--json"], ["deploy", "a", "--target=xx"], ["rm", "a"], ["pause", "a"],
+    [["list"], ["list", "--json"], ["deploy", "a", "--target=xx"],
+     ["deploy-udp", "a", "--target=xx:1"], ["rm", "a"], ["pause", "a"],
      ["stop", "a"], ["resume", "a"], ["rollout"], ["rollout", "deploy", "a", "--target=xx"],
      ["rollout", "set", "a", "--percent=1"], ["rollout", "stop", "a"], ["help"]],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -70,7 +71,8 @@ def test_list_as_json_has_every_field(proxy: ScriptedProxy, command: Command) ->
     assert (code, err) == (0, "")
     a, b = json.loads(out)
     empty = {
-        "name": "a", "hosts": [], "path_prefixes": [], "targets": [], "read_targets": [],
+        "name": "a", "hosts": [], "path_prefixes": [], "udp_ports": [], "protocol": "",
+        "max_sessions": 0, "targets": [], "read_targets": [],
         "rollout_targets": [], "rollout_read_targets": [], "rollout_active": False,
         "rollout_percentage": 0, "rollout_allowlist": [], "healthy": [], "state": "running",
         "stop_message": "", "max_pause": 2.0, "tls": False, "in_flight": 0, "draining": 0,
@@ -80,6 +82,32 @@ def test_list_as_json_has_every_field(proxy: ScriptedProxy, command: Command) ->
     assert out.startswith('[\n  {\n    "name": "a",\n    "hosts": [],\n')
     assert out.endswith("  }\n]\n")
     assert "\033" not in out
+
+
+def test_list_of_udp_services(proxy: ScriptedProxy, command: Command) -> None:
+    udp = {"name": "b", "udp_ports": ["udp/9999"], "protocol": "udp", "targets": ["game-1:9999"]}
+    web = {"name": "b", "path_prefixes": ["/"], "targets": ["web"]}
+    rtc = {"name": "a", "udp_ports": ["udp/5000-6000", "udp/70-80"], "state": "stopped"}
+    proxy.answer_json(200, {"services": [udp, web, rtc]})
+    code, out, err = command("list")
+    assert (code, err) == (0, "")
+    rows = [re.sub(r"\033\[[0-9;]*m", "", line).split() for line in out.splitlines()]
+    assert rows[1:] == [
+        ["a", "*", "udp/5000-6000,udp/70-80", "stopped", "no"],
+        ["b", "*", "/", "web", "running", "no"],
+        ["b", "*", "udp/9999", "game-1:9999", "running", "no"],
+    ]
+
+
+def test_list_of_udp_services_as_json(proxy: ScriptedProxy, command: Command) -> None:
+    udp = {
+        "name": "b", "udp_ports": ["udp/9999"], "protocol": "udp", "max_sessions": 500,
+        "targets": ["game-1:9999"], "in_flight": 7, "draining": 2,
+    }  # fmt: skip
+    proxy.answer_json(200, {"services": [udp, {"name": "b", "path_prefixes": ["/"]}]})
+    web, other = json.loads(command("list", "--json")[1])
+    assert (web["name"], web["udp_ports"]) == ("b", [])
+    assert {name: other[name] for name in udp} == udp
 
 
 def test_list_of_nothing_as_json(proxy: ScriptedProxy, command: Command) -> None:
@@ -122,6 +150,19 @@ def test_progress_on_a_terminal(terminal: Terminal) -> None:
         f"{CLEAR}draining  1 request on the old targets"
         f"{CLEAR}done      after 1m4s, 1 request finished, 2 requests cut off by the drain "
         "timeout\n"
+    )
+
+
+def test_progress_of_sessions(terminal: Terminal) -> None:
+    progress = Progress(terminal.stream, DRAINING, unit="session", summary=False)
+    with progress:
+        for event in EVENTS[4:]:
+            progress.show(event)
+    assert terminal.read() == (
+        "switched  new sessions go to the new targets\n"
+        f"{CLEAR}draining  2 sessions on the old targets"
+        f"{CLEAR}draining  1 session on the old targets"
+        f"{CLEAR}done      after 1m4s\n"
     )
 
 

@@ -46,6 +46,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[RunOptions]:
         ({"HTTP_PORT": "81", "HTTPS_PORT": "444", "DEBUG": "T"}, [],
          {"http_port": 81, "https_port": 444, "debug": True}),
         ({"KAMAL_PROXY_HTTP_PORT": "82", "HTTP_PORT": "81"}, [], {"http_port": 82}),
+        ({"UDP_PORT": "9998"}, [], {"udp_port": 9998}),
+        ({"KAMAL_PROXY_UDP_PORT": "9999", "UDP_PORT": "9998"}, [], {"udp_port": 9999}),
+        ({"KAMAL_PROXY_UDP_PORT": "9999"}, ["--udp-port", "0x2710"], {"udp_port": 10000}),
+        ({"UDP_PORT": "many"}, [], {}),
         ({"KAMAL_PROXY_HTTP_PORT": "82"}, ["--http-port=83"], {"http_port": 83}),
         ({"KAMAL_PROXY_DEBUG": "1"}, ["--debug=false"], {}),
         ({"KAMAL_PROXY_DEBUG": "0", "DEBUG": "1"}, [], {}),
@@ -136,8 +140,10 @@ def variable_of(flag: str) -> str:
 
 def test_the_table_of_settings_is_complete() -> None:
     declared = {flag.title for flag in find_command(["run"])[0].grammar.flags.values()}
-    of_the_original = {"--debug", "--http-port", "--https-port", "--metrics-port", "--http3"}
-    assert declared == {flag for flag, *_ in SETTINGS} | of_the_original | {"-h, --help"}
+    without_prefix = {"--debug", "--http-port", "--https-port", "--metrics-port", "--udp-port"}
+    assert declared == (
+        {flag for flag, *_ in SETTINGS} | without_prefix | {"--http3", "-h, --help"}
+    )
 
 
 def test_repeatable_settings_add_up(served: list[RunOptions], command: Command) -> None:
@@ -196,7 +202,8 @@ def test_a_bad_variable_is_named(
          'time: missing unit in duration "30"'),
         (["--http3"], "--http3 is not supported yet by this version of kamal-proxy"),
         (["--http-port=1"], "listen tcp :1: bind: permission denied"),
-        (["--udp-port=1"], "unknown flag: --udp-port"),
+        (["--udp-port=0"], "udp-port 0 must be from 1 to 65535"),
+        (["--udp-port=65536"], "udp-port 65536 must be from 1 to 65535"),
     ],
 )  # fmt: skip
 def test_refused(served: list[RunOptions], command: Command, argv: list[str], message: str) -> None:
@@ -204,11 +211,23 @@ def test_refused(served: list[RunOptions], command: Command, argv: list[str], me
     assert served == []
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HTTP_PORT", "70000", "http-port 70000 must be from 0 to 65535"),
+        ("UDP_PORT", "0", "udp-port 0 must be from 1 to 65535"),
+    ],
+)
 def test_a_port_of_the_environment_is_validated(
-    served: list[RunOptions], command: Command, monkeypatch: pytest.MonkeyPatch
+    served: list[RunOptions],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    message: str,
 ) -> None:
-    monkeypatch.setenv("HTTP_PORT", "70000")
-    assert command("run") == (1, "", "Error: http-port 70000 must be from 0 to 65535\n")
+    monkeypatch.setenv(variable, value)
+    assert command("run") == (1, "", f"Error: {message}\n")
     assert served == []
 
 

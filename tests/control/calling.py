@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RolloutSplit,
         StopOptions,
     )
+    from kamal_proxy.udp.options import UdpDeployOptions
     from tests.running import Lines
 
 Document = dict[str, Any]
@@ -151,6 +152,9 @@ class ScriptedServices:
 
     async def deploy(self, options: DeployOptions, progress: Progress) -> None:
         await self._operate(progress, "deploy", options)
+
+    async def deploy_udp(self, options: UdpDeployOptions, progress: Progress) -> None:
+        await self._operate(progress, "deploy_udp", options)
 
     async def pause(self, name: str, options: PauseOptions, progress: Progress) -> None:
         await self._operate(progress, "pause", name, options)

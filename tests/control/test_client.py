@@ -21,6 +21,7 @@ from kamal_proxy.errors import (
     HostConflictError,
     KamalProxyError,
     NotSupportedYetError,
+    PortConflictError,
     ResumedError,
     RolloutNotSetError,
     ServiceNotFoundError,
@@ -33,6 +34,7 @@ from kamal_proxy.options import (
     ServiceOptions,
     StopOptions,
 )
+from kamal_proxy.udp.options import UdpDeployOptions, UdpOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,52 +128,59 @@ def test_remove(path: Path, answering: Start) -> None:
 
 LONG: list[tuple[Callable[[ControlClient, str], object], str, str, dict[str, Any]]] = [
     (lambda client, name: client.pause(name, PauseOptions(max_pause=5.0), seen),
-     "POST", "/pause", {"max_pause": 5.0}),
+     "POST", "/services/{}/pause", {"max_pause": 5.0}),
     (lambda client, name: client.stop(name, StopOptions(message="é"), seen),
-     "POST", "/stop", {"message": "é"}),
+     "POST", "/services/{}/stop", {"message": "é"}),
     (lambda client, name: client.deploy_rollout(name, RolloutOptions(targets=("t1:80",)), seen),
-     "PUT", "/rollout", {"targets": ["t1:80"]}),
+     "PUT", "/services/{}/rollout", {"targets": ["t1:80"]}),
+    (lambda client, name: client.deploy_udp(
+        UdpDeployOptions(service=name, targets=("g:1",), udp_options=UdpOptions(port=9)), seen),
+     "PUT", "/udp-services/{}", {"targets": ["g:1"], "udp_options": {"port": 9}}),
 ]  # fmt: skip
 SHORT: list[tuple[Callable[[ControlClient, str], object], str, str, dict[str, Any] | None]] = [
-    (lambda client, name: client.remove(name), "DELETE", "", None),
-    (lambda client, name: client.resume(name), "POST", "/resume", None),
+    (lambda client, name: client.remove(name), "DELETE", "/services/{}", None),
+    (lambda client, name: client.resume(name), "POST", "/services/{}/resume", None),
     (lambda client, name: client.set_rollout(name, RolloutSplit(percentage=3, allowlist=("a",))),
-     "PUT", "/rollout/split", {"percentage": 3, "allowlist": ["a"]}),
-    (lambda client, name: client.stop_rollout(name), "DELETE", "/rollout/split", None),
+     "PUT", "/services/{}/rollout/split", {"percentage": 3, "allowlist": ["a"]}),
+    (lambda client, name: client.stop_rollout(name), "DELETE", "/services/{}/rollout/split", None),
 ]  # fmt: skip
-NAMES = ["pause", "stop", "deploy_rollout", "remove", "resume", "set_rollout", "stop_rollout"]
+NAMES = [
+    "pause", "stop", "deploy_rollout", "deploy_udp", "remove", "resume", "set_rollout",
+    "stop_rollout",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "method", "ending", "body"), LONG, ids=NAMES[:3])
+@pytest.mark.parametrize(("call", "method", "place", "body"), LONG, ids=NAMES[:4])
 def test_what_takes_long(
     path: Path,
     answering: Start,
     call: Callable[[ControlClient, str], object],
     method: str,
-    ending: str,
+    place: str,
     body: dict[str, Any],
 ) -> None:
     draining = {"event": "draining", "in_flight": 2}
     requests = answering(STREAM, chunk(draining), chunk({"event": "done", "cancelled": 2}))
     assert call(ControlClient(path), "a/é") == Event(event="done", cancelled=2)
     head, _, sent = requests[0].partition(b"\r\n\r\n")
-    assert head.startswith(f"{method} /v1/services/a%2F%C3%A9{ending} HTTP/1.1\r\n".encode())
+    where = place.format("a%2F%C3%A9")
+    assert head.startswith(f"{method} /v1{where} HTTP/1.1\r\n".encode())
     assert json.loads(sent) == body
 
 
-@pytest.mark.parametrize(("call", "method", "ending", "body"), SHORT, ids=NAMES[3:])
+@pytest.mark.parametrize(("call", "method", "place", "body"), SHORT, ids=NAMES[4:])
 def test_what_is_short(
     path: Path,
     answering: Start,
     call: Callable[[ControlClient, str], object],
     method: str,
-    ending: str,
+    place: str,
     body: dict[str, Any] | None,
 ) -> None:
     requests = answering(b"HTTP/1.1 204 No Content\r\n\r\n")
     call(ControlClient(path), "a b")
     head, _, sent = requests[0].partition(b"\r\n\r\n")
-    assert head.startswith(f"{method} /v1/services/a%20b{ending} HTTP/1.1\r\n".encode())
+    assert head.startswith(f"{method} /v1{place.format('a%20b')} HTTP/1.1\r\n".encode())
     assert (json.loads(sent) if sent else None) == body
 
 
@@ -191,6 +200,7 @@ def test_no_service_has_an_empty_name(
         ("rollout_not_set", RolloutNotSetError),
         ("resumed", ResumedError),
         ("error_pages", ErrorPagesError),
+        ("port_conflict", PortConflictError),
     ],
 )
 def test_every_refusal_is_the_servers_error(
@@ -215,7 +225,7 @@ def test_a_pause_that_was_ended_meanwhile(path: Path, answering: Start) -> None:
     assert events == [Event(event="draining")]
 
 
-@pytest.mark.parametrize("call", [row[0] for row in SHORT], ids=NAMES[3:])
+@pytest.mark.parametrize("call", [row[0] for row in SHORT], ids=NAMES[4:])
 def test_a_short_call_is_not_waited_for_without_end(
     path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[ControlClient, str], object]
 ) -> None:
@@ -229,8 +239,8 @@ def test_a_short_call_is_not_waited_for_without_end(
 
 @pytest.mark.parametrize(
     ("call", "what"),
-    [(LONG[0][0], "pause"), (LONG[1][0], "stop"), (LONG[2][0], "deploy")],
-    ids=NAMES[:3],
+    [*zip((row[0] for row in LONG), ("pause", "stop", "deploy", "deploy"), strict=True)],
+    ids=NAMES[:4],
 )
 def test_a_stream_that_breaks_is_named(
     path: Path, answering: Start, call: Callable[[ControlClient, str], object], what: str

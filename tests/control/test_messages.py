@@ -88,7 +88,8 @@ def test_events_survive_the_way(event: Event) -> None:
 @given(st.builds(
     ServiceDescription, name=NAMES, hosts=LISTS, tls=st.booleans(), read_targets=LISTS,
     rollout_active=st.booleans(), rollout_percentage=st.integers(0, 100), rollout_allowlist=LISTS,
-    stop_message=NAMES, max_pause=SECONDS,
+    stop_message=NAMES, max_pause=SECONDS, udp_ports=LISTS, protocol=NAMES,
+    max_sessions=st.integers(0, 10**6),
 ))  # fmt: skip
 def test_descriptions_survive_the_way(description: ServiceDescription) -> None:
     again = from_json(ServiceDescription, json.loads(json.dumps(to_json(description))))

@@ -13,7 +13,10 @@ from kamal_proxy.control.messages import Event
 from kamal_proxy.errors import (
     DeployFailedError,
     ErrorPagesError,
+    HostConflictError,
     KamalProxyError,
+    ListenError,
+    PortConflictError,
     ResumedError,
     RolloutNotSetError,
     ServiceNotFoundError,
@@ -26,6 +29,13 @@ from kamal_proxy.options import (
     RolloutOptions,
     RolloutSplit,
     StopOptions,
+)
+from kamal_proxy.udp.options import (
+    SessionOptions,
+    UdpDeploymentOptions,
+    UdpDeployOptions,
+    UdpHealthCheckOptions,
+    UdpOptions,
 )
 from tests.control.calling import (
     Progress,
@@ -48,6 +58,7 @@ LONG: list[tuple[str, str, object]] = [
     ("POST", "/v1/services/web/pause", {}),
     ("POST", "/v1/services/web/stop", {}),
     ("PUT", "/v1/services/web/rollout", ROLLOUT),
+    ("PUT", "/v1/udp-services/web", ROLLOUT),
 ]
 SHORT: list[tuple[str, str, object]] = [
     ("DELETE", "/v1/services/web", None),
@@ -120,6 +131,53 @@ async def test_what_takes_long(
     assert services.begun == [call]
 
 
+UDP_DOCUMENT = {
+    "targets": ["game-1:9999", "[::1]:1"],
+    "udp_options": {
+        "port": 9999,
+        "sessions": {"affinity": False, "strategy": "source-ip", "timeout": 5, "limit": 3},
+        "health_check": {"method": "http", "path": "/health", "port": 7000},
+    },
+    "deployment_options": {
+        "zero_downtime": True, "drain_strategy": "timeout", "drain_timeout": 1,
+        "force_kill_timeout": 2.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["game", "game?x", "%67ame"])
+@pytest.mark.parametrize("named", [{}, {"service": "game"}], ids=["in the path", "in both"])
+async def test_deploys_of_udp_services(
+    api: ScriptedApi, services: ScriptedServices, path: str, named: dict[str, str]
+) -> None:
+    async def play(progress: Progress) -> None:
+        progress(Event(event="switched"))
+        progress(Event(event="draining", in_flight=2))
+        progress(Event(event="done", elapsed=0.5, completed=12, cancelled=3))
+
+    services.play = play
+    response = await api.call("PUT", f"/v1/udp-services/{path}", {**UDP_DOCUMENT, **named})
+
+    assert events_in(response) == [
+        {"event": "switched"},
+        {"event": "draining", "in_flight": 2},
+        {"event": "done", "elapsed": 0.5, "completed": 12, "cancelled": 3},
+    ]
+    options = UdpDeployOptions(
+        service="game",
+        targets=("game-1:9999", "[::1]:1"),
+        udp_options=UdpOptions(
+            port=9999,
+            sessions=SessionOptions(affinity=False, strategy="source-ip", timeout=5.0, limit=3),
+            health_check=UdpHealthCheckOptions(method="http", path="/health", port=7000),
+        ),
+        deployment_options=UdpDeploymentOptions(
+            zero_downtime=True, drain_strategy="timeout", drain_timeout=1.0, force_kill_timeout=2.5
+        ),
+    )
+    assert services.begun == [("deploy_udp", options)]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "call"),
     [
@@ -151,8 +209,8 @@ async def test_all_calls_share_one_connection(api: ScriptedApi, services: Script
         await caller.send(b"".join(request(*call) for call in LONG + SHORT))
         answers = [await caller.receive_response(call[0].encode()) for call in LONG + SHORT]
 
-    assert [answer.status for answer in answers] == [200] * 4 + [204] * 4
-    assert len(services.ended) == 8
+    assert [answer.status for answer in answers] == [200] * 5 + [204] * 4
+    assert len(services.ended) == 9
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -224,13 +282,79 @@ async def test_calls_that_make_no_sense(
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code", "message"),
+    [
+        ("PUT", "/game", None, 400, "bad_request",
+         "the body is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("PUT", "/game", {}, 422, "invalid_options", "missing field targets"),
+        ("PUT", "/game", {"targets": []}, 422, "invalid_options",
+         "at least one target is required"),
+        ("PUT", "/game", {"targets": ["game-1"]}, 422, "invalid_options",
+         "target game-1 must have a port, such as game-1:9999"),
+        ("PUT", "/game", {"targets": ["g:1"], "service": "other"}, 422, "invalid_options",
+         "the document names service 'other', the URL 'game'"),
+        ("PUT", "/a%2Fb", {"targets": ["g:1"]}, 422, "invalid_options",
+         "service name 'a/b' must be 1 to 255 printable ASCII characters without spaces or "
+         "slashes"),
+        ("PUT", "/game", {"targets": ["g:1"], "service_options": {}}, 422, "invalid_options",
+         "unknown field service_options"),
+        ("PUT", "/game", {"targets": ["g:1"], "udp_options": {"ports": 1}}, 422,
+         "invalid_options", "unknown field udp_options.ports"),
+        ("PUT", "/game", {"targets": ["g:1"], "udp_options": {"port": "9999"}}, 422,
+         "invalid_options", "udp_options.port must be a whole number"),
+        ("PUT", "/game", {"targets": ["g:1"], "udp_options": {"port": 65536}}, 422,
+         "invalid_options", "port 65536 must be from 0 to 65535"),
+        ("PUT", "/game", {"targets": ["g:1"], "udp_options": {"sessions": {"limit": 0}}}, 422,
+         "invalid_options", "max-sessions 0 must be from 1 to 1000000"),
+        ("PUT", "/game",
+         {"targets": ["g:1"], "udp_options": {"sessions": {"strategy": "sticky"}}}, 422,
+         "invalid_options",
+         "affinity-strategy 'sticky' must be one of 5-tuple, source-ip, source-port"),
+        ("PUT", "/game", {"targets": ["g:1"], "deployment_options": {"drain_timeout": 300}}, 422,
+         "invalid_options", "force-kill-timeout 2m0s must not be less than drain-timeout 5m0s"),
+        ("PUT", "/game", {"targets": ["g:1"], "udp_options": {"protocol": "webrtc"}}, 422,
+         "not_supported_yet",
+         "--protocol webrtc is not supported yet by this version of kamal-proxy"),
+        ("GET", "/game", None, 405, "bad_request", "GET is not possible here; use PUT"),
+        ("DELETE", "/game", None, 405, "bad_request", "DELETE is not possible here; use PUT"),
+        ("GET", "", None, 404, "bad_request",
+         "no such resource: /v1/udp-services (the API begins at /v1)"),
+        ("PUT", "/", {"targets": ["g:1"]}, 404, "bad_request",
+         "no such resource: /v1/udp-services/ (the API begins at /v1)"),
+        ("POST", "/game/pause", {}, 404, "bad_request",
+         "no such resource: /v1/udp-services/game/pause (the API begins at /v1)"),
+    ],
+)  # fmt: skip
+async def test_deploys_of_udp_services_that_make_no_sense(
+    api: ScriptedApi,
+    services: ScriptedServices,
+    method: str,
+    path: str,
+    body: object,
+    status: int,
+    code: str,
+    message: str,
+) -> None:
+    async with api.caller() as caller:
+        response = await caller.call(method, f"/v1/udp-services{path}", body)
+
+        assert response.status == status
+        assert error_in(response) == {"code": code, "message": message, "details": []}
+        assert (await caller.call("GET", "/v1")).status == 200, "the connection is kept"
+    assert services.begun == []
+
+
+@pytest.mark.parametrize(
     ("error", "status"),
     [
         (ServiceNotFoundError("service not found"), 404),
         (RolloutNotSetError("rollout target not set"), 409),
         (ResumedError("resumed meanwhile"), 409),
+        (HostConflictError("another service has it"), 409),
+        (PortConflictError("port 9999 is used by another service"), 409),
         (ErrorPagesError("unable to load error pages", ["why"]), 422),
         (StateError("can't write"), 500),
+        (ListenError("listen udp :53: bind: permission denied"), 500),
     ],
     ids=lambda value: getattr(value, "code", ""),
 )
@@ -285,7 +409,7 @@ async def test_errors_in_the_middle_end_the_stream(
 
 @pytest.mark.parametrize(
     ("call", "what"),
-    [*zip(LONG, ("Deploy", "Pause", "Stop", "Rollout deploy"), strict=True)],
+    [*zip(LONG, ("Deploy", "Pause", "Stop", "Rollout deploy", "UDP deploy"), strict=True)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 async def test_a_bug_costs_one_operation(

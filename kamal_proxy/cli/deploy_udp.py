@@ -1,0 +1,184 @@
+"""``kamal-proxy deploy-udp``: the flags of a UDP deploy, and how they become ``UdpDeployOptions``.
+
+Rules about values are in ``udp.options``.
+"""
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from kamal_proxy.cli.arguments import Bool, Duration, Int, Strings, Text
+from kamal_proxy.cli.output import Progress, counted
+from kamal_proxy.errors import UsageError
+from kamal_proxy.udp.options import (
+    SessionOptions,
+    UdpDeploymentOptions,
+    UdpDeployOptions,
+    UdpHealthCheckOptions,
+    UdpOptions,
+)
+
+_UDP = UdpOptions()
+_SESSIONS = SessionOptions()
+_HEALTH = UdpHealthCheckOptions()
+_DEPLOYMENT = UdpDeploymentOptions()
+
+
+def deploy_udp(
+    service: str,
+    /,
+    *,
+    target: Annotated[
+        Strings | None,
+        Parameter(
+            help="Where the service runs, as host:port or [IPv6 address]:port (required; "
+            "repeatable)"
+        ),
+    ] = None,
+    port: Annotated[
+        Int, Parameter(help="UDP port to listen on; the --udp-port of run if not given")
+    ] = _UDP.port,
+    protocol: Annotated[
+        Text, Parameter(help="What clients speak: udp, or webrtc (not supported yet)")
+    ] = _UDP.protocol,
+    port_ranges: Annotated[
+        Strings, Parameter(help="Ports of a WebRTC service, as 10000-20000; one range or two")
+    ] = _UDP.port_ranges,
+    rtcp_policy: Annotated[
+        Text,
+        Parameter(
+            help="Which ports of a WebRTC service are a pair for RTP and RTCP: adjacent, "
+            "separate-range or auto"
+        ),
+    ] = _UDP.rtcp_policy,
+    session_affinity: Annotated[
+        Bool,
+        Parameter(
+            help="Keep each session on one target; otherwise each datagram goes to the next one"
+        ),
+    ] = _SESSIONS.affinity,
+    affinity_strategy: Annotated[
+        Text,
+        Parameter(
+            help="What chooses the target of a new session: 5-tuple (both ends), source-ip (the "
+            "client's address) or source-port (its address and port)"
+        ),
+    ] = _SESSIONS.strategy,
+    session_timeout: Annotated[
+        Duration,
+        Parameter(help="How long a session may carry nothing in either direction before it ends"),
+    ] = _SESSIONS.timeout,
+    max_sessions: Annotated[
+        Int, Parameter(help="Sessions at once; datagrams of more clients are dropped")
+    ] = _SESSIONS.limit,
+    deploy_timeout: Annotated[
+        Duration, Parameter(help="How long the new targets may take to become healthy")
+    ] = _DEPLOYMENT.deploy_timeout,
+    zero_downtime: Annotated[
+        Bool, Parameter(help="Let the sessions on the old targets go on after the switch")
+    ] = _DEPLOYMENT.zero_downtime,
+    drain_strategy: Annotated[
+        Text,
+        Parameter(
+            help="When sessions on the old targets are ended, with --zero-downtime: graceful (at "
+            "the drain timeout), timeout (at the force-kill timeout) or immediate (at the switch)"
+        ),
+    ] = _DEPLOYMENT.drain_strategy,
+    drain_timeout: Annotated[
+        Duration, Parameter(help="How long sessions on the old targets may take to end")
+    ] = _DEPLOYMENT.drain_timeout,
+    force_kill_timeout: Annotated[
+        Duration,
+        Parameter(
+            help="How long until the last session on the old targets is cut; at least the drain "
+            "timeout"
+        ),
+    ] = _DEPLOYMENT.force_kill_timeout,
+    force: Annotated[
+        Bool, Parameter(help="Switch at once, without waiting for the targets to be healthy")
+    ] = _DEPLOYMENT.force,
+    health_check: Annotated[
+        Text,
+        Parameter(
+            help="How targets are checked: tcp (a port accepts connections), http (it answers a "
+            "GET with 2xx) or none"
+        ),
+    ] = _HEALTH.method,
+    health_check_port: Annotated[
+        Int, Parameter(help="TCP port to check; 0 means the number of the target's own port")
+    ] = _HEALTH.port,
+    health_check_path: Annotated[
+        Text, Parameter(help="Path to request, with --health-check=http")
+    ] = _HEALTH.path,
+    health_check_interval: Annotated[
+        Duration, Parameter(help="Time between two health checks of a target")
+    ] = _HEALTH.interval,
+    health_check_timeout: Annotated[
+        Duration, Parameter(help="Time in which each health check must finish")
+    ] = _HEALTH.timeout,
+    proxy_protocol: Annotated[
+        Bool,
+        Parameter(
+            help="Put a PROXY protocol header, version 2, in front of every datagram to a target"
+        ),
+    ] = _SESSIONS.proxy_protocol,
+) -> None:
+    """Deploy a UDP service, or a new version of one.
+
+    Waits until every target is healthy and then switches: whoever sends a first datagram from then
+    on gets a new target. If that fails, nothing has changed. Options are not remembered from one
+    deploy to the next. A repeatable flag also takes several values at once, separated by commas.
+
+    A session is what one address and port of a client sends to one port of the service, and what
+    comes back. It stays on its target for life, and ends when it has carried nothing for the
+    session timeout.
+
+    With --zero-downtime the sessions on the old targets go on after the switch: with the drain
+    strategy graceful until the drain timeout, with timeout until the force-kill timeout. Without
+    it, or with the strategy immediate, the switch ends them. A target in both the old set and the
+    new one keeps its sessions. Returns when the old sessions have ended, and prints how many
+    ended by themselves and how many were cut.
+    """
+    if target is None:
+        raise UsageError('required flag(s) "target" not set')
+    options = UdpDeployOptions(
+        service=service,
+        targets=target,
+        udp_options=UdpOptions(
+            port=port,
+            protocol=protocol,
+            port_ranges=port_ranges,
+            rtcp_policy=rtcp_policy,
+            sessions=SessionOptions(
+                affinity=session_affinity,
+                strategy=affinity_strategy,
+                timeout=session_timeout,
+                limit=max_sessions,
+                proxy_protocol=proxy_protocol,
+            ),
+            health_check=UdpHealthCheckOptions(
+                method=health_check,
+                path=health_check_path,
+                port=health_check_port,
+                interval=health_check_interval,
+                timeout=health_check_timeout,
+            ),
+        ),
+        deployment_options=UdpDeploymentOptions(
+            deploy_timeout=deploy_timeout,
+            zero_downtime=zero_downtime,
+            drain_strategy=drain_strategy,
+            drain_timeout=drain_timeout,
+            force_kill_timeout=force_kill_timeout,
+            force=force,
+        ),
+    )
+    options.validate()
+    from kamal_proxy.control.client import ControlClient
+
+    # The counts of the drain are the command's output, on a terminal or not.
+    progress = Progress(sys.stderr, draining="on the old targets", unit="session", summary=False)
+    with progress:
+        done = ControlClient().deploy_udp(options, progress.show)
+    sys.stdout.write(f"{counted(done.completed, 'session')} completed, {done.cancelled} cut\n")

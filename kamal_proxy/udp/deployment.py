@@ -1,0 +1,349 @@
+"""One generation of a UDP service's targets: probes, look-ups, and the drain of its sessions.
+
+The sessions themselves live in the service's relay, where they carry this generation's number,
+because the listeners and the table of sessions outlive a deploy. Decides which of its targets a
+session goes to; moves no datagram.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from kamal_proxy.deployment import DrainResult
+from kamal_proxy.health import Health, ProbeResult, TargetState
+from kamal_proxy.probing import Watch
+from kamal_proxy.udp.affinity import choose, seed_of
+from kamal_proxy.udp.drains import DrainPlan
+from kamal_proxy.udp.names import LookupFailedError, TargetName
+from kamal_proxy.udp.options import split_udp_target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kamal_proxy._fastpath import Relay
+    from kamal_proxy.logs import Log
+    from kamal_proxy.udp.names import SocketAddress
+    from kamal_proxy.udp.options import UdpHealthCheckOptions, UdpOptions
+    from kamal_proxy.udp.probe import UdpProbe
+
+_ENDED_AT_ONCE = 200  # sessions; closing their sockets takes about a millisecond
+_AVOIDED = 1.0  # seconds for which a target that refused is the last choice
+_MANY_REFUSALS = 3
+_REFUSAL_SPAN = 1.0  # seconds
+UNANSWERED = 30.0  # seconds at most for which a session lives that no target has answered
+_ENDING = DrainPlan(cut_after=0.0)
+
+
+@attrs.define(eq=False)
+class UdpTarget:
+    """One instance of a UDP service.
+
+    Attributes:
+        text: ``host:port`` as it was given.
+        host: Host to connect to.
+        port: Port to send to.
+        health: Its health.
+        address: Its name and what that stands for.
+        alone: Whether it is the only target; such a one is never taken out of rotation.
+        forced: Whether it may serve before its first probe succeeded.
+        seed: What it is hashed by.
+        number: What the relay knows its present address by; None until it is known.
+        refused_at: When its port was last found closed, on Trio's clock.
+    """
+
+    text: str
+    host: str
+    port: int
+    health: Health
+    address: TargetName
+    alone: bool
+    forced: bool
+    seed: int
+    number: int | None = None
+    refused_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        """``host:port`` as it was given."""
+        return self.text
+
+    @property
+    def in_rotation(self) -> bool:
+        """Whether it may be given sessions."""
+        state = self.health.state
+        return self.number is not None and (
+            self.alone
+            or state is TargetState.HEALTHY
+            or (self.forced and state is TargetState.ADDING)
+        )
+
+    @property
+    def refused_lately(self) -> bool:
+        """Whether its port was found closed a moment ago."""
+        return self.refused_at is not None and trio.current_time() - self.refused_at < _AVOIDED
+
+
+class UdpDeployment:
+    """The targets of one deploy of a UDP service.
+
+    Args:
+        targets: ``host:port`` of each target.
+        options: How sessions live, and how targets are probed.
+        relay: The service's relay.
+        probe: Probes one target; it has its own time limit and never raises.
+        lookups: Bounds the threads that wait for the name service.
+        secret: 64 bits that all choices of the service share.
+        log: Where changes of health and address are logged.
+        trusted: Whether the targets count as healthy at once (restored after a restart).
+        forced: Whether the targets may serve before they were found healthy.
+    """
+
+    def __init__(
+        self,
+        targets: Iterable[str],
+        options: UdpOptions,
+        relay: Relay,
+        *,
+        probe: UdpProbe,
+        lookups: trio.CapacityLimiter,
+        secret: int,
+        log: Log,
+        trusted: bool = False,
+        forced: bool = False,
+    ) -> None:
+        names = tuple(targets)
+        self._relay = relay
+        self._probe_target = probe
+        self._secret = secret
+        self._log = log
+        self._plan = _ENDING
+        self._retired = trio.Event()
+        self._empty = trio.Event()
+        self._drained = trio.Event()
+        self._result = DrainResult()
+        self._cut = 0
+        #: Whether it has ever served new sessions.
+        self.served = False
+        sessions = options.sessions
+        self.options = options
+        #: What the relay knows it by, while it runs.
+        self.generation = relay.add_generation(
+            sessions.timeout, min(sessions.timeout, UNANSWERED), affinity=sessions.affinity
+        )
+        self.targets = tuple(
+            UdpTarget(
+                text,
+                *split_udp_target(text),
+                health=Health(
+                    options.health_check.interval,
+                    TargetState.HEALTHY if trusted else TargetState.ADDING,
+                ),
+                address=TargetName(*split_udp_target(text), lookups),
+                alone=len(names) == 1,
+                forced=forced,
+                seed=seed_of(text),
+            )
+            for text in names
+        )
+        for target in self.targets:
+            self._use_address(target)
+        #: The probes of its targets.
+        self.watch: Watch[UdpTarget, UdpHealthCheckOptions] = Watch(
+            self.targets, options.health_check, self._probe, log
+        )
+
+    def __repr__(self) -> str:
+        names = ",".join(target.text for target in self.targets)
+        state = "drained" if self.drained else "draining" if self.retired else "active"
+        return f"<UdpDeployment {names} {state}>"
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """``host:port`` of each target."""
+        return tuple(target.text for target in self.targets)
+
+    @property
+    def in_flight(self) -> int:
+        """How many sessions it has."""
+        gone = self.drained or self._relay.closed
+        return 0 if gone else self._relay.sessions(self.generation)
+
+    @property
+    def retired(self) -> bool:
+        """Whether it was taken out of use; it may still drain."""
+        return self._retired.is_set()
+
+    @property
+    def drained(self) -> bool:
+        """Whether its drain is over."""
+        return self._drained.is_set()
+
+    async def run(self) -> None:
+        """Live until drained: probe and look up, then drain once retired.
+
+        Cancelled, it leaves its sessions as they are: that happens only when the relay is about to
+        be closed, and they may have to be saved.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                for target in self.targets:
+                    refresh = partial(self._use_address, target)
+                    nursery.start_soon(target.address.keep_fresh, self._log, refresh)
+                nursery.start_soon(self.watch.run)
+                await self._retired.wait()
+                nursery.cancel_scope.cancel(reason="retired")
+            await self._drain()
+        finally:
+            self._drained.set()
+
+    def retire(self, plan: DrainPlan = _ENDING) -> None:
+        """Begin to drain; the caller has put another deployment in its place.
+
+        Args:
+            plan: When which sessions end; without one, all end at once.
+        """
+        self._plan = plan
+        self.watch.stop()
+        self._retired.set()
+
+    @property
+    def result(self) -> DrainResult:
+        """How its drain ended, once that is over."""
+        return self._result
+
+    async def wait_drained(self) -> DrainResult:
+        """Wait until the drain of a retired deployment is over."""
+        await self._drained.wait()
+        return self._result
+
+    def notice_empty(self) -> None:
+        """Look whether a drain has no session left to wait for."""
+        if self.retired and not self.drained and not self._relay.sessions(self.generation):
+            self._empty.set()
+
+    def hand_over(self, successor: UdpDeployment) -> None:
+        """Give the sessions of targets that a successor has too to it; they are not drained."""
+        common: dict[int, int] = {}
+        for target in self.targets:
+            for other in successor.targets:
+                if (
+                    other.text == target.text
+                    and other.address.addresses[:1] == target.address.addresses[:1]
+                    and target.number is not None
+                    and other.number is not None
+                ):
+                    common[target.number] = other.number
+        self._relay.adopt(self.generation, successor.generation, common)
+
+    # Choosing
+
+    def choose(self, key: bytes, without: int | None = None) -> UdpTarget | None:
+        """Return the target for a session, or None if there is none.
+
+        Args:
+            key: What chooses it.
+            without: The relay's number of an address that must not be chosen.
+        """
+        return choose(self.targets, key, self._secret, lambda target: target.number != without)
+
+    def all_numbers(self) -> tuple[int, ...]:
+        """Return what the relay knows all targets by whose address is known."""
+        return tuple(target.number for target in self.targets if target.number is not None)
+
+    def refused(self, number: int) -> UdpTarget | None:
+        """Take note that the port of an address is closed; return the target that has it now."""
+        for target in self.targets:
+            if target.number == number:
+                target.refused_at = trio.current_time()
+                target.address.poke()
+                return target
+        return None
+
+    def gives_up(self, number: int, *, answered: bool, refusals: int, span: float) -> bool:
+        """Return whether a session leaves an address whose port is closed.
+
+        Args:
+            number: What the relay knows the address by.
+            answered: Whether the session has ever been answered.
+            refusals: How often the port was closed since the target was last heard.
+            span: Seconds between the first and the last of these.
+        """
+        if not answered:
+            return True
+        target = next((target for target in self.targets if target.number == number), None)
+        return (
+            target is None
+            or target.health.state is TargetState.UNHEALTHY
+            or (refusals >= _MANY_REFUSALS and span >= _REFUSAL_SPAN)
+        )
+
+    # Addresses
+
+    def _use_address(self, target: UdpTarget) -> None:
+        """Let new sessions go to the target's present address; live ones stay where they are."""
+        before = target.number
+        if target.address.addresses:
+            target.number = self._add(target.address.addresses[0])
+        if before is not None:
+            self._relay.drop_target(before)
+
+    def _add(self, address: SocketAddress) -> int:
+        host, port, *rest = address
+        return self._relay.add_target(host.partition("%")[0], port, rest[1] if rest else 0)
+
+    def number_of(self, name: str, address: SocketAddress) -> int | None:
+        """Return the relay's number for a target if this is its present address.
+
+        A target whose name stands for nothing yet has this address until it does.
+        """
+        for target in self.targets:
+            if target.text == name:
+                if target.number is None:
+                    target.number = self._add(address)
+                    return target.number
+                now = target.address.addresses or (address,)
+                return target.number if now[0][:2] == address[:2] else None
+        return None
+
+    async def _probe(self, target: UdpTarget, options: UdpHealthCheckOptions) -> ProbeResult:
+        """Probe a target; one whose name stands for nothing can't be healthy."""
+        if target.number is None:
+            result = None
+            with trio.move_on_after(options.timeout):
+                result = await self._resolve(target)
+            if target.number is None:
+                return result or ProbeResult(False, f"can't resolve {target.host} in time", "")
+        result = await self._probe_target(target, options)
+        if not self.retired:
+            self._relay.set_down(target.number, not result.ok)
+        return result
+
+    async def _resolve(self, target: UdpTarget) -> ProbeResult | None:
+        try:
+            await target.address.resolve()
+        except LookupFailedError as error:
+            return ProbeResult(False, str(error), target.text)
+        self._use_address(target)
+        return None
+
+    # Draining
+
+    async def _drain(self) -> None:
+        sessions = self._relay.sessions(self.generation)
+        self._relay.retire(self.generation)
+        self.notice_empty()
+        with trio.move_on_after(self._plan.cut_after):
+            await self._empty.wait()
+        while left := self._relay.sessions(self.generation):
+            self._cut += left - self._relay.end_some(self.generation, _ENDED_AT_ONCE)
+            await trio.lowlevel.checkpoint()
+        self._result = DrainResult(max(0, sessions - self._cut), self._cut)
+        self._drained.set()
+        self._relay.drop_generation(self.generation)
+        for target in self.targets:
+            if target.number is not None:
+                self._relay.drop_target(target.number)

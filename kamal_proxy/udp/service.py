@@ -1,0 +1,460 @@
+"""One UDP service while it runs: its relay, its listeners, and the deployments that serve it.
+
+Owns the task that moves datagrams and every decision about a session's birth and its target; what
+is deployed, saved and told is ``services``' business.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from ipaddress import IPv6Address
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from kamal_proxy._fastpath import RUN_EMPTIED, RUN_MORE, RUN_NEWCOMERS, RUN_REFUSED, Relay
+from kamal_proxy.control.messages import ServiceDescription
+from kamal_proxy.errors import ShuttingDownError
+from kamal_proxy.health import TargetState
+from kamal_proxy.proxy_protocol import encode_v2
+from kamal_proxy.state_format import SavedPause
+from kamal_proxy.udp.affinity import affinity_key, seed_of
+from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment
+from kamal_proxy.udp.saved_sessions import RECORD, ServiceSessions, parse
+from kamal_proxy.udp.state_format import SavedUdpService
+
+if TYPE_CHECKING:
+    from kamal_proxy._fastpath import SourcePorts
+    from kamal_proxy.logs import Log
+    from kamal_proxy.udp.options import UdpOptions
+
+# How long datagrams are moved before other tasks have their turn. Long turns save the way through
+# the event loop with cold caches, some 7 % of all work under load; they are taken while nobody else
+# has anything to do, which shows by how fast the other tasks' turn is over.
+_SHORT_TURN = 1  # milliseconds
+_LONG_TURN = 8  # milliseconds
+_IDLE_LOOP = 250e-6  # seconds
+_TELL_INTERVAL = 10.0  # seconds
+# The kernel chooses a source port once per host, not once per target: some 28,000 in all. Above
+# half of that the relay chooses them itself.
+_MANY_SESSIONS = 14_000
+_RESTORED_AT_ONCE = 100
+_ENDED_AT_ONCE = 200
+_MODES = ("running", "paused", "stopped")  # as the relay counts them
+
+# No socket could be had: ending a session that nobody has answered makes room for one.
+_NO_ROOM = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EADDRNOTAVAIL,
+    errno.EADDRINUSE,
+}
+
+
+@attrs.define(eq=False)
+class Listening:
+    """The listeners of one port.
+
+    Attributes:
+        port: The port.
+        sockets: The bound sockets, one for each address.
+        numbers: What the relay knows them by; empty until datagrams are read from them.
+    """
+
+    port: int
+    sockets: Sequence[socket.socket]
+    numbers: list[int] = attrs.field(factory=list)
+
+
+class UdpService:
+    """One UDP service.
+
+    Args:
+        name: Its name.
+        seed: 16 random bytes; they keep strangers from filling one bucket of the table of sessions.
+        on_drained: Called with itself and each deployment whose drain is over.
+        source_ports: Upstream source ports for services with many sessions.
+        log: Where is said what was shed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        seed: bytes,
+        *,
+        on_drained: Callable[[UdpService, UdpDeployment], None],
+        source_ports: SourcePorts,
+        log: Log,
+    ) -> None:
+        self.name = name
+        self.relay = Relay(seed)
+        #: 64 bits that all choices of targets share; the same again after a restart.
+        self.secret = seed_of(name)
+        self._on_drained = on_drained
+        self._source_ports = source_ports
+        self._log = log
+        self._ports: dict[int, Listening] = {}
+        self._told: dict[str, float] = {}
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._started = trio.Event()
+        self._last_sessions: ServiceSessions | None = None
+        #: Its deployments that were not drained yet, by the relay's number of their generation.
+        self.deployments: dict[int, UdpDeployment] = {}
+        #: The deployment that serves new sessions; None until the first deploy has switched.
+        self.active: UdpDeployment | None = None
+        self.pause = SavedPause()
+        self.options: UdpOptions | None = None
+        self.extra: Mapping[str, object] = {}
+
+    def __repr__(self) -> str:
+        return f"<UdpService {self.name} ports={[*self._ports]} sessions={self.relay.live}>"
+
+    async def run(self) -> None:
+        """Move datagrams, and hold the deployments, until :meth:`close`. It can't be run again."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    self._started.set()
+                    await self._move_datagrams()
+        finally:
+            self._nursery = None
+            self._started.set()
+            if self.active is not None:
+                self._last_sessions = self.sessions()
+            self.relay.close()
+
+    async def wait_started(self) -> None:
+        """Wait until it runs, or has ended."""
+        await self._started.wait()
+
+    def close(self) -> None:
+        """End all sessions and everything that runs for it."""
+        self._scope.cancel(reason="the service was removed")
+
+    # Listening
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The ports it listens on; more than one while sessions of a former port drain."""
+        return tuple(self._ports)
+
+    def listen(self, listening: Listening) -> None:
+        """Take datagrams from the listeners of a port."""
+        if listening.port not in self._ports:
+            self._ports[listening.port] = listening
+            listening.numbers[:] = [self.relay.listen(sock.fileno()) for sock in listening.sockets]
+
+    def unlisten(self, port: int) -> None:
+        """Take no more datagrams from a port; the sessions on it end. The caller closes it."""
+        listening = self._ports.pop(port)
+        for number in listening.numbers:
+            self.relay.unlisten(number)
+        listening.numbers.clear()
+
+    # Deployments
+
+    def start(self, deployment: UdpDeployment) -> None:
+        """Run a deployment, which serves nobody yet.
+
+        Raises:
+            ShuttingDownError: the service has ended.
+        """
+        if self._nursery is None:
+            raise ShuttingDownError("the proxy is shutting down")
+        self.deployments[deployment.generation] = deployment
+        self._nursery.start_soon(self._run_deployment, deployment)
+
+    async def _run_deployment(self, deployment: UdpDeployment) -> None:
+        try:
+            await deployment.run()
+        finally:
+            del self.deployments[deployment.generation]
+        self._on_drained(self, deployment)
+
+    def install(self, deployment: UdpDeployment, options: UdpOptions) -> UdpDeployment | None:
+        """Let a deployment serve new sessions; return the one that did."""
+        replaced, self.active, self.options = self.active, deployment, options
+        deployment.served = True
+        if replaced is not None:
+            replaced.hand_over(deployment)
+        self.relay.limit = options.sessions.limit
+        if options.sessions.limit > _MANY_SESSIONS:
+            self.relay.use_ports(self._source_ports)
+        return replaced
+
+    async def uninstall(self) -> None:
+        """Serve nobody any more: all sessions end. A deployment that waits for health may stay."""
+        self.relay.mode = _MODES.index("stopped")
+        self.active = self.options = None
+        for generation, deployment in tuple(self.deployments.items()):
+            if not deployment.served:
+                continue
+            while self.relay.end_some(generation, _ENDED_AT_ONCE, removed=True):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            deployment.retire()
+            deployment.notice_empty()
+
+    def hold(self, pause: SavedPause) -> None:
+        """Pause, stop or resume it."""
+        self.pause = pause
+        self.relay.mode = _MODES.index(pause.state)
+
+    # Moving datagrams
+
+    async def _move_datagrams(self) -> None:
+        relay, turn = self.relay, _SHORT_TURN
+        while True:
+            await trio.lowlevel.wait_readable(relay.fileno())
+            while True:
+                result = relay.run(turn)
+                if result & RUN_NEWCOMERS:
+                    self._admit_newcomers()
+                if result & RUN_REFUSED:
+                    self._look_at_refusals()
+                if result & RUN_EMPTIED or (result and len(self.deployments) > 1):
+                    for deployment in self.deployments.values():
+                        deployment.notice_empty()
+                if not result & RUN_MORE:
+                    break
+                ended = perf_counter()
+                await trio.lowlevel.checkpoint()
+                turn = _LONG_TURN if perf_counter() - ended < _IDLE_LOOP else _SHORT_TURN
+
+    def _admit_newcomers(self) -> None:
+        for number, _, client, local in self.relay.newcomers():
+            try:
+                self._admit(number, client, local)
+            except Exception as error:  # a bug must cost one newcomer, not the proxy
+                self._tell("UDP session failed", error=repr(error))
+
+    def _admit(self, number: int, client: bytes, local: bytes) -> None:
+        """Begin a session, or drop what its client has sent, for a reason that is counted."""
+        relay, active = self.relay, self.active
+        if active is None:
+            relay.refuse(number, "no_target")
+            return
+        options = active.options.sessions
+        if relay.live >= relay.limit and not relay.evict():
+            relay.refuse(number, "session_limit")
+            self._tell("UDP sessions shed", reason="session_limit", limit=relay.limit)
+            return
+        generation, targets = active.generation, active.all_numbers()
+        if options.affinity:
+            generation, targets = self._find_target(active, number, client, local)
+        if not targets:
+            relay.refuse(number, "no_target")
+            self._tell("UDP sessions shed", reason="no_target")
+            return
+        header = _proxy_header(client, local) if options.proxy_protocol else b""
+        for attempt in range(2):
+            try:
+                relay.admit(number, generation, targets, header)
+                break
+            except OSError as error:
+                if error.errno in _NO_ROOM and not attempt and relay.evict():
+                    continue
+                reason = "no_socket" if error.errno in _NO_ROOM else "unreachable"
+                relay.refuse(number, reason)
+                self._tell("UDP sessions shed", reason=reason, error=str(error))
+                return
+        if self._log.debug_enabled:
+            self._log.debug("UDP session begins", service=self.name, client=_text(client))
+
+    def _find_target(
+        self, active: UdpDeployment, number: int, client: bytes, local: bytes
+    ) -> tuple[int, tuple[int, ...]]:
+        """Return generation and target of a new session; no target if there is none."""
+        strategy = active.options.sessions.strategy
+        if strategy == "source-ip":
+            followed = self.relay.following(number)
+            if followed is not None:
+                generation, target = followed
+                deployment = self.deployments.get(generation)
+                # An address that the target's name no longer stands for takes no new session.
+                if deployment is not None and target in deployment.all_numbers():
+                    return generation, (target,)
+        chosen = active.choose(affinity_key(strategy, client, local))
+        numbers = () if chosen is None or chosen.number is None else (chosen.number,)
+        return active.generation, numbers
+
+    def _look_at_refusals(self) -> None:
+        for refusal in self.relay.refusals():
+            session, generation, number, affinity, answered, moves, count, span, *ends = refusal
+            deployment = self.deployments.get(generation)
+            if deployment is None or self.active is None:
+                continue
+            deployment.refused(number)
+            # One that was never answered asks each target once.
+            if not affinity or (not answered and moves >= len(deployment.targets)):
+                continue
+            if not deployment.gives_up(number, answered=answered, refusals=count, span=span):
+                continue
+            key = affinity_key(self.active.options.sessions.strategy, *ends)
+            other = self.active if deployment.retired else deployment
+            chosen = other.choose(key, without=number)
+            if chosen is None or chosen.number is None:
+                continue
+            try:
+                self.relay.move(session, other.generation, chosen.number)
+            except OSError as error:
+                self._tell("UDP session not moved", error=str(error))
+
+    def _tell(self, message: str, **fields: object) -> None:
+        """Log what strangers can cause as often as they like, but not as often as they do."""
+        now = trio.current_time()
+        key = f"{message} {fields.get('reason', '')}"
+        if now - self._told.get(key, -math.inf) >= _TELL_INTERVAL:
+            self._told[key] = now
+            self._log.info(message, service=self.name, **fields)
+
+    # What is known of it
+
+    def saved(
+        self, options: UdpOptions, targets: Sequence[str], pause: SavedPause
+    ) -> SavedUdpService:
+        """Return what is to be saved of it."""
+        return SavedUdpService(
+            name=self.name,
+            options=options,
+            targets=tuple(targets),
+            pause=pause,
+            extra=self.extra,
+        )
+
+    def describe(self) -> ServiceDescription:
+        """Describe it; it was installed."""
+        assert self.active is not None
+        assert self.options is not None
+        paused, stopped = self.pause.state == "paused", self.pause.state == "stopped"
+        return ServiceDescription(
+            name=self.name,
+            udp_ports=(f"udp/{self.options.port}",),
+            protocol=self.options.protocol,
+            max_sessions=self.options.sessions.limit,
+            targets=self.active.target_names,
+            healthy=tuple(
+                target.text
+                for target in self.active.targets
+                if target.health.state is TargetState.HEALTHY
+            ),
+            state=self.pause.state,
+            stop_message=self.pause.stop_message if stopped else "",
+            max_pause=self.pause.fail_after if paused else 0.0,
+            in_flight=self.active.in_flight,
+            draining=self.relay.live - self.active.in_flight,
+        )
+
+    def sessions(self) -> ServiceSessions:
+        """Return the sessions that a restarted proxy goes on with: those of the active targets.
+
+        Once the service has ended, those that it had then.
+        """
+        if self._last_sessions is not None:
+            return self._last_sessions
+        assert self.active is not None
+        names = self.active.target_names
+        numbers = {
+            target.number: place
+            for place, target in enumerate(self.active.targets)
+            if target.number is not None
+        }
+        records = self.relay.export(self.active.generation, numbers)
+        return ServiceSessions(name=self.name, targets=names, records=records)
+
+    async def restore(self, sessions: ServiceSessions, away: float) -> tuple[int, int]:
+        """Go on with the sessions of an earlier process.
+
+        Args:
+            sessions: What :meth:`sessions` returned there.
+            away: Seconds since then.
+
+        Returns:
+            How many go on, and how many could not: they have no target any more, or their source
+            port is taken. Those that are over by now are neither.
+        """
+        active = self.active
+        assert active is not None
+        listeners = {
+            sock.getsockname()[1]: dict(
+                zip(map(_bound_to, each.sockets), each.numbers, strict=True)
+            )
+            for each in self._ports.values()
+            for sock in each.sockets[:1]
+        }
+        timeout = active.options.sessions.timeout
+        unanswered = min(timeout, UNANSWERED)
+        restored = lost = 0
+        for place, session in enumerate(parse(sessions)):
+            if place % _RESTORED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            idle = session.idle + away
+            if idle >= (timeout if session.answered else unanswered):
+                continue
+            bound = listeners.get(session.listener_port, {})
+            listener = bound.get(session.local, bound.get(_ANY))
+            address = (*session.target_address, 0, session.target_scope)
+            number = active.number_of(session.target, address)
+            if listener is None or number is None or self.relay.live >= self.relay.limit:
+                lost += 1
+                continue
+            client = session.client + session.client_port.to_bytes(2)
+            local = session.local + session.listener_port.to_bytes(2)
+            header = _proxy_header(client, local) if active.options.sessions.proxy_protocol else b""
+            try:
+                self.relay.restore(
+                    listener,
+                    client,
+                    session.client_scope,
+                    session.local,
+                    active.generation,
+                    number,
+                    session.source_port,
+                    session.answered,
+                    idle,
+                    header,
+                )
+                restored += 1
+            except (OSError, ValueError):
+                lost += 1  # its source port is taken, or its client was faster and has a new one
+        return restored, lost
+
+
+assert RECORD.size == Relay.RECORD_SIZE
+_ANY = bytes(16)
+
+
+def _bound_to(sock: socket.socket) -> bytes:
+    """Return the address of a listener as sessions have it; all addresses are zeros."""
+    text = sock.getsockname()[0].partition("%")[0]
+    if ":" not in text:
+        return _ANY if text == "0.0.0.0" else _mapped(text)  # noqa: S104
+    return IPv6Address(text).packed
+
+
+def _mapped(text: str) -> bytes:
+    return IPv6Address(f"::ffff:{text}").packed
+
+
+def _address(packed: bytes) -> tuple[str, int]:
+    """Return the text and port of an address (16 bytes) and port (2 bytes)."""
+    address = IPv6Address(packed[:16])
+    return str(address.ipv4_mapped or address), int.from_bytes(packed[16:])
+
+
+def _text(packed: bytes) -> str:
+    host, port = _address(packed)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _proxy_header(client: bytes, local: bytes) -> bytes:
+    return encode_v2(_address(client), _address(local), datagram=True)

@@ -1,0 +1,632 @@
+"""The UDP services of one proxy, and every change of them: deploy, remove, pause, stop, resume.
+
+Owns the ports, the saved state of UDP services and the saved sessions. As in ``services`` for HTTP,
+the state is written before a change takes effect, under a lock that is not held while a drain is
+waited for. Services run in the nursery that the proxy gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from kamal_proxy._fastpath import SourcePorts
+from kamal_proxy.deployment import DrainResult
+from kamal_proxy.errors import (
+    ListenError,
+    PortConflictError,
+    ServiceNotFoundError,
+    ShuttingDownError,
+    StateError,
+)
+from kamal_proxy.reports import Report, not_healthy
+from kamal_proxy.state_format import SavedPause
+from kamal_proxy.udp.deployment import UdpDeployment
+from kamal_proxy.udp.drains import plan_drain
+from kamal_proxy.udp.metrics import UdpMetrics
+from kamal_proxy.udp.ports import available_descriptors, listen_udp
+from kamal_proxy.udp.probe import probe_for
+from kamal_proxy.udp.saved_sessions import SessionsFormatError, decode, encode
+from kamal_proxy.udp.service import Listening, UdpService
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kamal_proxy.control.messages import Event, ServiceDescription
+    from kamal_proxy.health import ProbeResult
+    from kamal_proxy.logs import Log
+    from kamal_proxy.metrics import Metrics
+    from kamal_proxy.options import PauseOptions, StopOptions
+    from kamal_proxy.probing import Probed
+    from kamal_proxy.state import StateFile
+    from kamal_proxy.udp.options import (
+        UdpDeploymentOptions,
+        UdpDeployOptions,
+        UdpHealthCheckOptions,
+        UdpOptions,
+    )
+    from kamal_proxy.udp.probe import HttpProbe
+    from kamal_proxy.udp.saved_sessions import ServiceSessions
+    from kamal_proxy.udp.session_store import SessionStore
+    from kamal_proxy.udp.state_format import SavedUdpService
+
+_SAVE_INTERVAL = 5.0  # seconds between two looks whether the sessions have changed
+_LISTEN_AGAIN = 5.0  # seconds until a port is tried again that was taken at the start
+_MAX_LOOKUPS = 20
+
+
+@attrs.define(eq=False)
+class _Port:
+    """A bound port.
+
+    Attributes:
+        owner: The service that it belongs to.
+        listening: Its listeners.
+        users: The deployments, and the deploys that go on, which need it.
+    """
+
+    owner: UdpService
+    listening: Listening
+    users: set[object] = attrs.field(factory=set)
+
+
+class UdpServices:
+    """All UDP services of a proxy.
+
+    Args:
+        state: Where they are saved; ``None`` saves nothing.
+        sessions: Where their sessions are saved; ``None`` saves none.
+        log: Where changes are logged.
+        bind: Addresses to listen on; none means all.
+        default_port: Port of a service that states none.
+        http_probe: Probes a target over HTTP.
+        metrics: Counts probes and deploys, and shows the sessions.
+    """
+
+    def __init__(
+        self,
+        state: StateFile[SavedUdpService] | None,
+        sessions: SessionStore | None,
+        log: Log,
+        *,
+        bind: Sequence[str],
+        default_port: int,
+        http_probe: HttpProbe,
+        metrics: Metrics,
+    ) -> None:
+        self._state = state
+        self._store = sessions
+        self._log = log
+        self._bind = bind
+        self._default_port = default_port
+        self._http_probe = http_probe
+        self._metrics = metrics
+        self._commit = trio.Lock()
+        # A thread of their own, as the HTTP services' state has one.
+        self._saving = trio.CapacityLimiter(1)
+        self._lookups = trio.CapacityLimiter(_MAX_LOOKUPS)
+        self._ports: dict[int, _Port] = {}
+        self._running: dict[str, UdpService] = {}  # also those whose first deploy goes on
+        self._pending_users: dict[str, int] = {}
+        self._installed: dict[str, UdpService] = {}
+        self._nursery: trio.Nursery | None = None
+        self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
+        self._saved_mark: object = None
+        self._source_ports = SourcePorts(*_port_range())
+        self._counters = UdpMetrics(metrics, self._installed.values)
+
+    # Starting and stopping
+
+    def restore(self) -> tuple[SavedUdpService, ...]:
+        """Read the saved state; the services serve once :meth:`start` was called with them.
+
+        Raises:
+            StateError: the saved state can't be used.
+        """
+        if self._state is None:
+            return ()
+        saved = self._state.load()
+        if saved is None:
+            return ()
+        self._log.info("Restored saved state", path=self._state.path)
+        return saved
+
+    async def start(self, nursery: trio.Nursery, restored: Sequence[SavedUdpService]) -> None:
+        """Start to take changes; services run in ``nursery``, restored ones first."""
+        self._nursery = nursery
+        sessions = await self._load_sessions() if restored else {}
+        for saved in restored:
+            await self._restore_service(saved, sessions)
+        if self._store is not None:
+            nursery.start_soon(self._keep_sessions, self._store)
+
+    def close(self) -> None:
+        """Take no further changes; deploys that have not switched yet fail."""
+        self._nursery = None
+        for pending in self._pending:
+            pending.cancel(reason="the proxy stops")
+
+    async def _restore_service(
+        self, saved: SavedUdpService, sessions: dict[str, tuple[ServiceSessions, float]]
+    ) -> None:
+        service = await self._get_running(saved.name)
+        service.extra = saved.extra
+        service.hold(saved.pause)
+        deployment = self._new_deployment(service, saved.targets, saved.options, trusted=True)
+        service.start(deployment)
+        service.install(deployment, saved.options)
+        self._installed[saved.name] = service
+        try:
+            self._bind_port(saved.options.port, service)
+        except (ListenError, PortConflictError) as error:
+            # A port that is taken must not keep the other services, and HTTP, from serving.
+            self._log.error("UDP service can't listen yet", service=saved.name, error=str(error))
+            self._require_nursery().start_soon(self._listen_later, saved.options.port, service)
+            return
+        if saved.name in sessions:
+            found, away = sessions[saved.name]
+            count, lost = await service.restore(found, away)
+            self._log.info("UDP sessions restored", service=saved.name, count=count, lost=lost)
+
+    async def _listen_later(self, port: int, service: UdpService) -> None:
+        while self._installed.get(service.name) is service and port not in service.ports:
+            await trio.sleep(_LISTEN_AGAIN)
+            # It may have been removed, or deployed with another port, meanwhile.
+            if self._installed.get(service.name) is not service or service.ports:
+                return
+            with contextlib.suppress(ListenError, PortConflictError):
+                self._bind_port(port, service)
+                self._log.info("UDP service listens", service=service.name, port=port)
+
+    # Deploying
+
+    async def deploy(
+        self, options: UdpDeployOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Deploy a service: probe its targets, give them all new sessions, drain the old ones.
+
+        Cancelled before the switch, nothing has changed; cancelled after it, the drain goes on.
+
+        Args:
+            options: The service and everything about it.
+            progress: Told each step as it happens; must not block. One that raises is told
+                nothing more.
+
+        Returns:
+            How many sessions of the replaced targets ended by themselves, and how many were cut.
+
+        Raises:
+            DeployFailedError: the targets did not become healthy in time; nothing has changed.
+            PortConflictError: another service has the port.
+            ListenError: the port can't be bound.
+            InvalidOptionsError: an option has a value that can't be used.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        options.validate()
+        udp = options.udp_options
+        if not udp.port:
+            udp = attrs.evolve(udp, port=self._default_port)
+        report = Report(progress, self._log)
+        self._require_nursery()
+        fields = {"service": options.service, "targets": options.targets, "port": udp.port}
+        self._log.info("Deploying UDP", **fields)
+        switched = False
+        try:
+            replaced = await self._bring_in(options, udp, report)
+            switched = True
+        finally:
+            self._metrics.deploy(options.service, "ok" if switched else "failed", report.elapsed)
+        report("switched")
+        result = DrainResult()
+        if replaced is not None:
+            async with trio.open_nursery() as watchers:
+                watchers.start_soon(report.tell_draining, lambda: replaced.in_flight)
+                result = await replaced.wait_drained()
+                watchers.cancel_scope.cancel(reason="drained")
+        self._log.info("Deployed UDP", **fields)
+        report.done(result)
+        return result
+
+    async def _bring_in(
+        self, options: UdpDeployOptions, udp: UdpOptions, report: Report
+    ) -> UdpDeployment | None:
+        """Bind, probe, save and switch; return what was replaced, which drains.
+
+        Whatever comes between, nothing has changed.
+        """
+        name, deploying = options.service, options.deployment_options
+        with self._using(name):
+            service = await self._get_running(name)
+            with self._using_port(udp.port, service) as listening:
+                self._check_descriptors(name, udp, len(options.targets))
+                deployment = self._new_deployment(
+                    service, options.targets, udp, forced=deploying.force
+                )
+                deployment.watch.on_probe = report.probe
+                service.start(deployment)
+                installed = False
+                try:
+                    with trio.CancelScope() as pending:
+                        self._pending.add(pending)
+                        await self._wait_healthy(deployment, deploying, report)
+                        async with self._commit:
+                            entry = service.saved(udp, options.targets, SavedPause())
+                            if name in self._installed:
+                                entry = attrs.evolve(entry, pause=service.pause)
+                            await self._save(attrs.evolve(entry, extra={}))
+                            if name not in self._installed:  # also if it was removed meanwhile
+                                service.hold(SavedPause())
+                            service.extra = {}
+                            replaced = service.install(deployment, udp)
+                            self._installed[name] = service
+                            service.listen(listening)
+                            self._ports[udp.port].users.add(deployment)
+                            if replaced is not None:
+                                plan = plan_drain(deploying, has_goodbyes=False)
+                                replaced.retire(plan)
+                        installed = True
+                finally:
+                    self._pending.discard(pending)
+                    deployment.watch.on_probe = None
+                    if not installed:
+                        deployment.retire()
+                        await self._ended(deployment)
+                if not installed:
+                    raise ShuttingDownError("the proxy is shutting down")
+        return replaced
+
+    async def _wait_healthy(
+        self, deployment: UdpDeployment, options: UdpDeploymentOptions, report: Report
+    ) -> None:
+        if options.force:
+            return
+        with trio.move_on_after(options.deploy_timeout) as waiting:
+            await deployment.watch.wait_until_healthy()
+        if waiting.cancelled_caught:
+            raise not_healthy(deployment.targets, options.deploy_timeout)
+        report("healthy")
+
+    async def _ended(self, deployment: UdpDeployment) -> None:
+        """Wait until a deployment that never served has given back what it had."""
+        with trio.CancelScope(shield=True):
+            await deployment.wait_drained()
+
+    def _drained(self, service: UdpService, deployment: UdpDeployment) -> None:
+        """Leave the port of a deployment that is over, and say how its sessions ended."""
+        for port in tuple(self._ports):
+            self._release_port(port, deployment)
+        if deployment.served:
+            self._log.info(
+                "UDP service drained",
+                service=service.name,
+                completed=deployment.result.completed,
+                cut=deployment.result.cancelled,
+            )
+
+    # Other changes
+
+    async def remove(self, name: str) -> None:
+        """Remove a service: its ports are free again, and its sessions end.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        self._require_nursery()
+        async with self._commit:
+            service = self._service(name)
+            await self._save(removed=name)
+            del self._installed[name]
+            await service.uninstall()
+            self._counters.keep(service)
+            if name not in self._pending_users:
+                self._end_service(service)
+            for port in service.ports:  # a deploy that goes on keeps its port bound
+                service.unlisten(port)
+        self._log.info("UDP service removed", service=name)
+
+    async def pause(
+        self, name: str, options: PauseOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Drop the datagrams of clients without a session; sessions go on.
+
+        Args:
+            name: The service.
+            options: Times that mean something to HTTP services only.
+            progress: Told when it is done.
+
+        Raises:
+            ServiceNotFoundError: there is no such service.
+            InvalidOptionsError: an option has a value that can't be used.
+            StateError: the state could not be saved; nothing has changed.
+            ShuttingDownError: the proxy is not running.
+        """
+        options.validate()
+        pause = SavedPause(state="paused", fail_after=options.max_pause)
+        return await self._hold(name, pause, progress)
+
+    async def stop_service(
+        self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
+    ) -> DrainResult:
+        """Drop all datagrams of a service. Arguments, result and errors are those of pause."""
+        options.validate()
+        pause = SavedPause(state="stopped", stop_message=options.message)
+        return await self._hold(name, pause, progress)
+
+    async def resume(self, name: str) -> None:
+        """Serve a paused or stopped service again. The errors are those of :meth:`pause`."""
+        await self._change_pause(name, SavedPause())
+        self._log.info("UDP service resumed", service=name)
+
+    async def _hold(
+        self, name: str, pause: SavedPause, progress: Callable[[Event], None] | None
+    ) -> DrainResult:
+        report = Report(progress, self._log)
+        await self._change_pause(name, pause)
+        self._log.info(f"UDP service {pause.state}", service=name)
+        result = DrainResult()
+        report.done(result)
+        return result
+
+    async def _change_pause(self, name: str, pause: SavedPause) -> None:
+        self._require_nursery()
+        async with self._commit:
+            service = self._service(name)
+            assert service.active is not None
+            assert service.options is not None
+            await self._save(service.saved(service.options, service.active.target_names, pause))
+            service.hold(pause)
+
+    # Describing
+
+    def has(self, name: str) -> bool:
+        """Whether there is a service of that name."""
+        return name in self._installed
+
+    def describe(self) -> list[ServiceDescription]:
+        """Describe all services, sorted by name."""
+        return [self._installed[name].describe() for name in sorted(self._installed)]
+
+    # Running services and their ports
+
+    def _require_nursery(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise ShuttingDownError("the proxy is not running")
+        return self._nursery
+
+    def _service(self, name: str) -> UdpService:
+        service = self._installed.get(name)
+        if service is None:
+            raise ServiceNotFoundError("service not found")
+        return service
+
+    async def _get_running(self, name: str) -> UdpService:
+        """Return the service of that name, which runs; a new one serves nobody yet."""
+        service = self._running.get(name)
+        if service is None:
+            nursery = self._require_nursery()
+            service = self._running[name] = UdpService(
+                name,
+                os.urandom(16),
+                on_drained=self._drained,
+                source_ports=self._source_ports,
+                log=self._log,
+            )
+            nursery.start_soon(self._run_service, service)
+        await service.wait_started()
+        return service
+
+    async def _run_service(self, service: UdpService) -> None:
+        try:
+            await service.run()
+        finally:
+            self._close_ports(service)
+
+    def _end_service(self, service: UdpService) -> None:
+        """End a service that is not installed; its ports are free at once."""
+        del self._running[service.name]
+        for port in service.ports:
+            service.unlisten(port)
+        self._close_ports(service)
+        service.close()
+
+    @contextlib.contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        """Keep a service while a deploy needs it; one that was never installed ends after that."""
+        self._pending_users[name] = self._pending_users.get(name, 0) + 1
+        try:
+            yield
+        finally:
+            self._pending_users[name] -= 1
+            if not self._pending_users[name]:
+                del self._pending_users[name]
+                if name not in self._installed and name in self._running:
+                    self._end_service(self._running[name])
+
+    @contextlib.contextmanager
+    def _using_port(self, port: int, service: UdpService) -> Iterator[Listening]:
+        """Bind a port, if it is not, and keep it as long as somebody needs it.
+
+        Raises:
+            PortConflictError: another service has it.
+            ListenError: it can't be bound.
+        """
+        bound = self._ports.get(port)
+        owners = [] if bound is None else [bound.owner]
+        # Also those that could not bind theirs when the proxy started.
+        owners += [
+            other
+            for other in self._installed.values()
+            if other.options is not None and other.options.port == port
+        ]
+        for owner in owners:
+            if owner is not service:
+                raise PortConflictError(
+                    f"port {port} is used by another service",
+                    [f"service {owner.name} already listens on udp/{port}"],
+                )
+        if bound is None:
+            sockets = listen_udp(self._bind, port)
+            bound = self._ports[port] = _Port(service, Listening(port, sockets))
+        user = object()
+        bound.users.add(user)
+        try:
+            yield bound.listening
+        finally:
+            if self._ports.get(port) is bound:
+                self._release_port(port, user)
+
+    def _bind_port(self, port: int, service: UdpService) -> None:
+        """Bind the port of a service that is installed, and read from it."""
+        with self._using_port(port, service) as listening:
+            service.listen(listening)
+            self._ports[port].users.add(service.active)
+
+    def _release_port(self, port: int, user: object) -> None:
+        """Close a port when the last who needed it is gone."""
+        bound = self._ports[port]
+        if user not in bound.users:
+            return
+        bound.users.discard(user)
+        if not bound.users:
+            if port in bound.owner.ports:
+                bound.owner.unlisten(port)
+            self._close_port(port)
+
+    def _close_port(self, port: int) -> None:
+        for sock in self._ports.pop(port).listening.sockets:
+            sock.close()
+
+    def _close_ports(self, service: UdpService) -> None:
+        """Close the ports of a service whose relay reads from them no more."""
+        for port in [port for port, bound in self._ports.items() if bound.owner is service]:
+            self._close_port(port)
+
+    def _check_descriptors(self, name: str, options: UdpOptions, targets: int) -> None:
+        """Warn if the limit of open files allows fewer sessions than the services do."""
+        others = [
+            service.options
+            for service in self._installed.values()
+            if service.options is not None and service.name != name
+        ]
+        each = 1 if options.sessions.affinity else targets
+        wanted = options.sessions.limit * each + sum(other.sessions.limit for other in others)
+        available = available_descriptors(wanted)
+        if available < wanted:
+            self._log.warning(
+                "The limit of open files allows fewer UDP sessions than --max-sessions",
+                service=name,
+                wanted=wanted,
+                available=available,
+            )
+
+    def _new_deployment(
+        self,
+        service: UdpService,
+        targets: Sequence[str],
+        options: UdpOptions,
+        *,
+        trusted: bool = False,
+        forced: bool = False,
+    ) -> UdpDeployment:
+        probe_target = probe_for(options.health_check, lookups=self._lookups, http=self._http_probe)
+
+        async def probe(target: Probed, check: UdpHealthCheckOptions) -> ProbeResult:
+            result = await probe_target(target, check)
+            self._metrics.probe(service.name, result.ok)
+            return result
+
+        return UdpDeployment(
+            targets,
+            options,
+            service.relay,
+            probe=probe,
+            lookups=self._lookups,
+            secret=service.secret,
+            log=self._log,
+            trusted=trusted,
+            forced=forced,
+        )
+
+    # Saving
+
+    async def _save(self, entry: SavedUdpService | None = None, removed: str = "") -> None:
+        """Save the state with one entry changed, added or removed; the lock is held.
+
+        The write is not abandoned when cancelled, so that file and services never disagree.
+        """
+        if self._state is None:
+            return
+        entries = {
+            name: service.saved(service.options, service.active.target_names, service.pause)
+            for name, service in self._installed.items()
+            if service.options is not None and service.active is not None
+        }
+        if entry is not None:
+            entries[entry.name] = entry
+        entries.pop(removed, None)
+        await trio.to_thread.run_sync(
+            self._state.save, list(entries.values()), limiter=self._saving
+        )
+
+    async def _keep_sessions(self, store: SessionStore) -> None:
+        """Save the sessions every few seconds if there are others than before."""
+        told = ""
+        while True:
+            await trio.sleep(_SAVE_INTERVAL)
+            mark = self._sessions_mark()
+            if mark == self._saved_mark:
+                continue
+            try:
+                content = self._encode_sessions()
+                await trio.to_thread.run_sync(store.save, content, limiter=self._saving)
+                self._saved_mark, told = mark, ""
+            except (StateError, SessionsFormatError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    self._log.warning("UDP sessions not saved", error=told)
+
+    def save_sessions(self) -> None:
+        """Save the sessions now, blocking: nothing is moved any more, the process ends."""
+        if self._store is None:
+            return
+        try:
+            self._store.save(self._encode_sessions())
+        except (StateError, SessionsFormatError) as error:
+            self._log.warning("UDP sessions not saved", error=str(error))
+
+    def _encode_sessions(self) -> bytes:
+        return encode(time.time(), [service.sessions() for service in self._installed.values()])
+
+    def _sessions_mark(self) -> object:
+        """Return what differs when sessions have begun, ended or moved."""
+        return tuple((service.name, service.relay.changes) for service in self._installed.values())
+
+    async def _load_sessions(self) -> dict[str, tuple[ServiceSessions, float]]:
+        """Return the saved sessions by service, with the seconds since they were saved."""
+        if self._store is None:
+            return {}
+        try:
+            content = await trio.to_thread.run_sync(self._store.load, limiter=self._saving)
+            if content is None:
+                return {}
+            document = decode(content)
+        except (StateError, SessionsFormatError) as error:
+            self._log.warning("UDP sessions can't be restored", error=str(error))
+            return {}
+        away = max(0.0, time.time() - document.saved_at)
+        return {sessions.name: (sessions, away) for sessions in document.services}
+
+
+def _port_range() -> tuple[int, int]:
+    """Return the range that the kernel itself takes source ports from (ip(7))."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+        low, high = map(int, file.read().split())
+    return low, high

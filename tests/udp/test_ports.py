@@ -1,0 +1,549 @@
+"""Binding UDP listeners: real sockets on loopback, and what is said when a port can't be had."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import socket
+import struct
+import subprocess
+import sys
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+import pytest
+
+from kamal_proxy.errors import ListenError
+from kamal_proxy.udp import ports
+from kamal_proxy.udp.ports import (
+    BUFFER_SIZE,
+    RESERVED_DESCRIPTORS,
+    available_descriptors,
+    listen_udp,
+    owner_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MARK = 0xB9  # DSCP EF, ECN 01
+ME = re.compile(rf".+ \(process {os.getpid()}\)")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+
+
+@contextmanager
+def listening(*addresses: str, port: int = 0) -> Iterator[list[socket.socket]]:
+    bound = listen_udp(addresses, port)
+    with ExitStack() as stack:
+        for sock in bound:
+            stack.enter_context(sock)
+        yield bound
+
+
+@contextmanager
+def taken(address: str, port: int = 0) -> Iterator[int]:
+    """Let this process have a port of an address; yield the port."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        yield sock.getsockname()[1]
+
+
+def port_of(sock: socket.socket) -> int:
+    port = sock.getsockname()[1]
+    assert isinstance(port, int)
+    return port
+
+
+@attrs.frozen
+class Datagram:
+    """What a listener told of a datagram."""
+
+    data: bytes
+    client: tuple[str, int]
+    local: str
+    mark: int
+    pktinfo: bytes
+
+
+def receive(listener: socket.socket) -> Datagram:
+    """Read the datagram that is there: loopback delivers within the system call."""
+    data, ancillary, flags, client = listener.recvmsg(100, 1000)
+    assert not flags & socket.MSG_CTRUNC
+    local, mark, pktinfo = "", -1, b""
+    for level, kind, value in ancillary:
+        if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            pktinfo, local = value, str(ip_address(value[:16]))
+        elif (level, kind) == (socket.IPPROTO_IP, 8):  # IP_PKTINFO: index, local, destination
+            pktinfo, local = value, str(ip_address(value[8:12]))
+        elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_TCLASS):
+            (mark,) = struct.unpack("i", value)
+        elif (level, kind) == (socket.IPPROTO_IP, socket.IP_TOS):
+            mark = value[0]
+    return Datagram(data, client[:2], local, mark, pktinfo)
+
+
+@contextmanager
+def client_of(family: socket.AddressFamily = socket.AF_INET) -> Iterator[socket.socket]:
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.settimeout(10)
+        if family == socket.AF_INET:
+            client.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, MARK)
+            client.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+            client.bind(("127.0.0.9", 0))
+        else:
+            client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, MARK)
+        yield client
+
+
+# What is bound
+
+
+def test_listens_on_all_addresses_of_both_families() -> None:
+    with listening() as (listener,), client_of() as client:
+        assert not listener.getblocking()
+        assert listener.family == (
+            socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        )
+        client.sendto(b"hi", ("127.0.0.2", port_of(listener)))
+        datagram = receive(listener)
+    assert datagram.data == b"hi"
+
+
+@needs_ipv6
+def test_one_listener_has_both_families() -> None:
+    with listening() as (listener,), client_of(socket.AF_INET6) as six, client_of() as four:
+        six.sendto(b"six", ("::1", port_of(listener)))
+        datagram = receive(listener)
+        assert (datagram.data, datagram.local, datagram.mark) == (b"six", "::1", MARK)
+        four.sendto(b"four", ("127.0.0.3", port_of(listener)))
+        datagram = receive(listener)
+        assert (datagram.data, datagram.local) == (b"four", "::ffff:7f00:3")
+        assert datagram.client == ("::ffff:127.0.0.9", port_of(four))
+
+
+@needs_ipv6
+@pytest.mark.parametrize("address", ["", "0.0.0.0", "127.0.0.2", "::ffff:127.0.0.2"])
+def test_ipv4_looks_alike_however_it_is_bound(address: str) -> None:
+    with listening(*filter(None, [address])) as (listener,), client_of() as client:
+        client.sendto(b"hi", ("127.0.0.2", port_of(listener)))
+        datagram = receive(listener)
+        assert listener.family == socket.AF_INET6
+        assert (datagram.local, datagram.mark) == ("::ffff:7f00:2", MARK)
+        assert datagram.client == ("::ffff:127.0.0.9", port_of(client))
+        # The reply leaves from where the client sent to, and carries what it is told to.
+        listener.sendmsg(
+            [b"answer"],
+            [
+                (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, datagram.pktinfo[:16] + bytes(4)),
+                (socket.IPPROTO_IP, socket.IP_TOS, struct.pack("i", datagram.mark)),
+            ],
+            0,
+            datagram.client,
+        )
+        data, ancillary, _, source = client.recvmsg(100, 100)
+        assert (data, source) == (b"answer", ("127.0.0.2", port_of(listener)))
+        assert [value[0] for _, _, value in ancillary] == [MARK]
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.2"])
+def test_a_host_without_ipv6(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with listening(*filter(None, [address])) as (listener,), client_of() as client:
+        assert listener.family == socket.AF_INET
+        client.sendto(b"hi", ("127.0.0.2", port_of(listener)))
+        datagram = receive(listener)
+    assert (datagram.local, datagram.mark) == ("127.0.0.2", MARK)
+
+
+def test_each_address_has_a_listener_on_the_same_port() -> None:
+    with listening("127.0.0.2", "127.0.0.3") as bound, client_of() as client:
+        (port,) = {port_of(sock) for sock in bound}
+        for number, sock in zip((2, 3), bound, strict=True):
+            client.sendto(b"%d" % number, (f"127.0.0.{number}", port))
+            assert receive(sock).data == b"%d" % number
+
+
+@needs_ipv6
+def test_all_of_ipv6_leaves_room_for_all_of_ipv4() -> None:
+    with listening("::", "0.0.0.0") as (six, four), client_of() as client:
+        assert six.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        client.sendto(b"hi", ("127.0.0.1", port_of(four)))
+        assert receive(four).data == b"hi"
+        with pytest.raises(BlockingIOError):
+            six.recv(1)
+
+
+# Options
+
+
+def test_the_buffers_are_raised() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain, listening() as (listener,):
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            usual = plain.getsockopt(socket.SOL_SOCKET, option)
+            plain.setsockopt(socket.SOL_SOCKET, option, BUFFER_SIZE)
+            possible = plain.getsockopt(socket.SOL_SOCKET, option)
+            assert listener.getsockopt(socket.SOL_SOCKET, option) >= max(usual, possible)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (ports._UDP_GRO, (socket.IPPROTO_UDP, ports._UDP_GRO)),
+        (ports._SO_RXQ_OVFL, (socket.SOL_SOCKET, ports._SO_RXQ_OVFL)),
+        (ports._IP_RECVERR, (socket.IPPROTO_IP, ports._IP_RECVERR)),
+        (ports._IPV6_RECVERR, (socket.IPPROTO_IPV6, ports._IPV6_RECVERR)),
+    ],
+)
+def test_options_are_set(option: int, name: tuple[int, int]) -> None:
+    if name[0] == socket.IPPROTO_IPV6 and not socket.has_dualstack_ipv6():
+        pytest.skip("this host has no IPv6")
+    with listening() as (listener,):
+        assert listener.getsockopt(*name) == 1
+
+
+def test_a_client_that_refuses_is_told_of() -> None:
+    with listening("127.0.0.2") as (listener,):
+        with client_of() as client:
+            client.sendto(b"hi", ("127.0.0.2", port_of(listener)))
+            gone = receive(listener).client
+        listener.sendto(b"answer", gone)
+        data, _, flags, whom = listener.recvmsg(100, 1000, socket.MSG_ERRQUEUE)
+    assert flags & socket.MSG_ERRQUEUE
+    assert (data, whom[:2]) == (b"answer", gone)
+
+
+class Refusing(socket.socket):
+    """A socket of a kernel that knows, or allows, fewer options."""
+
+    refused: ClassVar[set[tuple[int, int]]] = set()
+    made: ClassVar[list[socket.socket]] = []
+
+    def __init__(self, *args: int, **kwargs: int) -> None:
+        super().__init__(*args, **kwargs)
+        self.made.append(self)
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:  # type: ignore[override]  # the only overload used here
+        if (level, option) in self.refused:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        super().setsockopt(level, option, value)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """Return the (level, option) that sockets made from now on refuse; empty at first."""
+    monkeypatch.setattr(Refusing, "refused", set())
+    monkeypatch.setattr(Refusing, "made", [])
+    monkeypatch.setattr(socket, "socket", Refusing)
+    return Refusing.refused
+
+
+def test_a_kernel_that_tells_less_serves_as_well(refused: set[tuple[int, int]]) -> None:
+    refused |= {
+        (socket.IPPROTO_UDP, ports._UDP_GRO),
+        (socket.SOL_SOCKET, ports._SO_RXQ_OVFL),
+        (socket.SOL_SOCKET, ports._SO_RCVBUFFORCE),
+        (socket.SOL_SOCKET, ports._SO_SNDBUFFORCE),
+    }
+    with listening("127.0.0.1") as (listener,), socket.socket(type=socket.SOCK_DGRAM) as plain:
+        assert not listener.getsockopt(socket.IPPROTO_UDP, ports._UDP_GRO)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            plain.setsockopt(socket.SOL_SOCKET, option, BUFFER_SIZE)
+            possible = plain.getsockopt(socket.SOL_SOCKET, option)
+            assert listener.getsockopt(socket.SOL_SOCKET, option) == possible
+
+
+def test_a_kernel_that_does_not_tell_the_address_can_not_serve(
+    refused: set[tuple[int, int]],
+) -> None:
+    refused |= {(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO), (socket.IPPROTO_IP, 8)}
+    with pytest.raises(ListenError, match=r"^listen udp 127\.0\.0\.1:0: bind: operation not"):
+        listen_udp(["127.0.0.1"], 0)
+    assert [sock.fileno() for sock in Refusing.made if sock.type == socket.SOCK_DGRAM] == [-1]
+
+
+# What can't be bound
+
+
+def test_a_taken_port_is_named_with_its_owner() -> None:
+    with taken("127.0.0.2") as port, pytest.raises(ListenError) as caught:
+        listen_udp(["127.0.0.2"], port)
+    text = str(caught.value)
+    start = f"listen udp 127.0.0.2:{port}: bind: address already in use by "
+    assert text.startswith(start)
+    assert ME.fullmatch(text.removeprefix(start))
+
+
+@pytest.mark.parametrize(
+    ("has", "wants"),
+    [
+        ("127.0.0.2", ""),
+        ("0.0.0.0", ""),
+        ("0.0.0.0", "127.0.0.2"),
+        pytest.param("::1", "", marks=needs_ipv6),
+        pytest.param("::", "::1", marks=needs_ipv6),
+    ],
+)
+def test_a_wider_or_narrower_owner_is_found(has: str, wants: str) -> None:
+    name = f"[{wants}]" if ":" in wants else wants
+    with taken(has) as port:
+        with pytest.raises(ListenError) as caught:
+            listen_udp([wants] if wants else [], port)
+        start = f"listen udp {name}:{port}: bind: address already in use by "
+        assert str(caught.value).startswith(start)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("addresses", [(), ("0.0.0.0",), ("127.0.0.2",)])
+def test_the_owner_may_have_an_ipv6_socket(addresses: tuple[str, ...]) -> None:
+    with listening(*addresses) as (listener,):
+        port = port_of(listener)
+        with pytest.raises(ListenError, match=rf"in use by .+ \(process {os.getpid()}\)$"):
+            listen_udp(["127.0.0.2"], port)
+
+
+def test_after_a_failure_nothing_is_bound(refused: set[tuple[int, int]]) -> None:
+    with taken("127.0.0.3") as port, pytest.raises(ListenError, match=r"127\.0\.0\.3"):
+        listen_udp(["127.0.0.2", "127.0.0.3", "127.0.0.4"], port)
+    assert {sock.fileno() for sock in Refusing.made} == {-1}
+    with listening("127.0.0.2", "127.0.0.3", "127.0.0.4", port=port) as bound:
+        assert len(bound) == 3
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1.5", "localhost", "192.0.2.77", "2001:db8::77"])
+def test_an_address_that_can_not_be_bound_is_named(address: str) -> None:
+    name = f"[{address}]" if ":" in address else address
+    with pytest.raises(ListenError) as caught:
+        listen_udp(["127.0.0.2", address], 0)
+    assert re.match(rf"listen udp {re.escape(name)}:[1-9]\d*: ", str(caught.value))
+
+
+def test_a_low_port_comes_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unprivileged(socket.socket):
+        def bind(self, address: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket, "socket", Unprivileged)
+    with pytest.raises(ListenError) as caught:
+        listen_udp([], 53)
+    assert str(caught.value).startswith("listen udp :53: bind: permission denied (")
+    assert "CAP_NET_BIND_SERVICE" in str(caught.value)
+
+
+# Owners
+
+
+def test_a_free_port_has_no_owner() -> None:
+    with taken("127.0.0.2") as port:
+        assert owner_of(port, "127.0.0.3") is None
+    assert owner_of(port) is None
+    assert owner_of(port, "127.0.0.2") is None
+
+
+def test_the_owner_of_one_address_is_not_blamed_for_another() -> None:
+    """The resolver of a machine often has 127.0.0.53, beside a name server on another address."""
+    script = (
+        "import socket, sys; s = socket.socket(type=socket.SOCK_DGRAM);"
+        "s.bind(('127.0.0.3', int(sys.argv[1]))); print(flush=True); sys.stdin.read()"
+    )
+    with (
+        taken("127.0.0.2") as port,
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other,
+    ):
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        for address, process in (("127.0.0.2", os.getpid()), ("127.0.0.3", other.pid)):
+            owner = owner_of(port, address)
+            assert owner is not None
+            assert owner.endswith(f" (process {process})")
+        assert other.stdin is not None
+        other.stdin.close()
+
+
+def test_the_name_of_an_owner_can_not_harm_a_terminal() -> None:
+    script = (
+        "import socket; open('/proc/self/comm', 'wb').write(b'a\\x1b[2J\\n\\xffb\\xc3\\xb6');"
+        "s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('127.0.0.2', 0));"
+        "print(s.getsockname()[1], flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        owner = owner_of(int(other.stdout.readline()))
+        other.communicate(b"\n")
+    assert owner == f"a?[2J?\ufffdbö (process {other.pid})"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "inodes"),
+    [
+        ("", {1, 2, 3, 4, 5}),
+        ("127.0.0.2", {1, 3}),
+        ("::ffff:127.0.0.2", {1, 3}),
+        ("0.0.0.0", {1, 2, 3}),
+        ("::1", {4, 5}),
+        ("::", {4, 5}),
+    ],
+)
+def test_who_is_in_the_way_of_an_address(wanted: str, inodes: set[int]) -> None:
+    has = ("127.0.0.2", "127.0.0.3", "0.0.0.0", "::1", "::")
+    rows = [(ip_address(address), inode) for inode, address in enumerate(has, 1)]
+    assert ports._in_the_way(rows, wanted) == inodes
+
+
+def test_who_may_be_in_the_way_of_an_address() -> None:
+    """A socket on all of IPv6 may have all of IPv4 too; only then nobody else is to blame."""
+    rows = [(ip_address("127.0.0.3"), 1), (ip_address("::"), 2), (ip_address("::1"), 3)]
+    assert ports._in_the_way(rows, "127.0.0.2") == {2}
+    assert ports._in_the_way(rows, "127.0.0.3") == {1}
+
+
+@pytest.mark.parametrize("failing", ["open", "listdir", "readlink"])
+def test_an_owner_that_can_not_be_read_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with taken("127.0.0.2") as port:
+        assert owner_of(port) is not None
+        if failing == "open":
+            monkeypatch.setattr(ports, "open", refuse, raising=False)
+        else:
+            monkeypatch.setattr(os, failing, refuse)
+        assert owner_of(port) is None
+        with pytest.raises(ListenError) as caught:
+            listen_udp(["127.0.0.2"], port)
+    assert str(caught.value) == f"listen udp 127.0.0.2:{port}: bind: address already in use"
+
+
+def test_an_owner_without_a_name() -> None:
+    assert ports._process_name(2**30) == f"process {2**30}"
+
+
+def test_lines_of_the_kernel_that_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    port, table = 53, tmp_path / "udp"
+    good = "0200007F" if sys.byteorder == "little" else "7F000002"
+    rest = "00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0"
+    table.write_bytes(
+        b"  sl  local_address\n"
+        b" 1: :0035 \n"
+        b" 2: 0:0:0035 " + rest.encode() + b" 6 2 0 0\n"
+        b" 3: XY:0035 " + rest.encode() + b" 7 2 0 0\n"
+        b" 4: 010000000:0035 " + rest.encode() + b" 8 2 0 0\n"
+        b" 5: \xff\xff:0035 " + rest.encode() + b" 9 2 0 0\n"
+        b" 6: " + good.encode() + b":0035 " + rest.encode() + b" ten 2 0 0\n"
+        b" 7: " + good.encode() + b":00350 " + rest.encode() + b" 11 2 0 0\n"
+        b" 7: " + good.encode() + b":0035 00000000:0000\n"
+        b" 7: " + good.encode() + b":1234 " + rest.replace("0000 ", "0035 ").encode() + b" 13\n"
+        b" 8: " + good.encode() + b":0035 " + rest.encode() + b" 12 2 0 0\n"
+    )
+
+    def opened(path: str, **options: str) -> object:
+        if path == "/proc/net/udp":
+            return table.open(**options)  # type: ignore[call-overload]  # as it was asked for
+        raise FileNotFoundError
+
+    monkeypatch.setattr(ports, "open", opened, raising=False)
+    assert list(ports._sockets_on(port)) == [(ip_address("127.0.0.2"), 12)]
+
+
+def test_looking_for_an_owner_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Counter[str]()
+
+    def readlink(path: str) -> str:
+        asked[os.path.dirname(path)] += 1
+        return "socket:[1]"
+
+    # Some processes with many descriptors each.
+    monkeypatch.setattr(os, "listdir", lambda path: [str(n) for n in range(5000)])
+    monkeypatch.setattr(os, "readlink", readlink)
+    assert ports._holder({2}) is None
+    assert asked.total() == ports._MAX_DESCRIPTORS
+    assert set(asked.values()) == {ports._MAX_DESCRIPTORS_EACH}
+
+
+# Descriptors
+
+
+@pytest.fixture
+def limits() -> Iterator[Callable[[int], None]]:
+    """Return what sets the soft limit of open files; it is put back in the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def set_soft(limit: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+    yield set_soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def soft_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_descriptors_that_are_there(limits: Callable[[int], None]) -> None:
+    limits(512)
+    assert available_descriptors(412) == 412
+    assert available_descriptors(502, keep=10) == 502
+    assert soft_limit() == 512
+
+
+def test_the_soft_limit_is_raised_as_far_as_needed(limits: Callable[[int], None]) -> None:
+    limits(512)
+    assert available_descriptors(500) == 500
+    assert soft_limit() == 500 + RESERVED_DESCRIPTORS
+
+
+def test_the_hard_limit_holds() -> None:
+    script = (
+        "import resource as r; from kamal_proxy.udp.ports import available_descriptors as a;"
+        "r.setrlimit(r.RLIMIT_NOFILE, (256, 1024));"
+        "print(a(10_000), r.getrlimit(r.RLIMIT_NOFILE), a(10, keep=5000))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout == f"{1024 - RESERVED_DESCRIPTORS} (1024, 1024) 0\n".encode()
+
+
+def test_a_limit_that_can_not_be_raised(
+    limits: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    limits(512)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert available_descriptors(10_000) == 512 - RESERVED_DESCRIPTORS
+    monkeypatch.undo()
+
+
+def test_no_limit_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: infinite)
+    assert available_descriptors(10_000_000) == 10_000_000
