@@ -55,7 +55,7 @@ class _Stat:
 
 def _stat(pid: int) -> _Stat:
     # The name, in parentheses, may hold anything; proc(5) numbers the fields after it from 3.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     # utime, stime and those of children that have ended
     ticks = sum(int(fields[number - 3]) for number in (14, 15, 16, 17))
     return _Stat(int(fields[4 - 3]), ticks, int(fields[24 - 3]))

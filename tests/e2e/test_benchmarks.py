@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,9 +17,17 @@ import pytest
 from benchmarks import wrk
 from benchmarks.idle import answers, complete
 from benchmarks.processes import BenchmarkError, Running, family, need, running
+from benchmarks.udp.load import Load, compiled, running_load
+from benchmarks.udp.network import free_port
+from benchmarks.udp.shapes import Shape, shape
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
+
+    Address = tuple[str, int]
+    Answers = list[tuple[bytes, Address]]
+
+ROOT = Path(__file__).parents[2]
 
 REPORT = """\
 Running 2s test @ http://127.0.0.1:8000/
@@ -118,3 +130,166 @@ def test_an_idle_client_knows_a_good_answer(parts: list[bytes], good: bool) -> N
 def test_an_answer_of_unknown_length_stops_the_benchmark() -> None:
     with pytest.raises(BenchmarkError, match="without Content-Length"):
         complete(b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+# --- datagrams -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    program = compiled("load", tmp_path_factory.mktemp("load"))
+    with running_load(program, free_port(), free_port(), spin=False) as started:
+        yield started
+
+
+class ScriptedRelay:
+    """A relay and echo server in one, whose answers a test decides.
+
+    Attributes:
+        sources: How many datagrams came from each address.
+    """
+
+    def __init__(self, answer: Callable[[int, bytes, Address], Answers]) -> None:
+        self.sources: Counter[str] = Counter()
+        self._answer = answer
+        self._socket = socket.socket(type=socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+
+    def serve(self) -> None:
+        with self._socket:
+            number = 0
+            while datagram := self._receive():
+                for answer, to in self._answer(number, *datagram):
+                    self._socket.sendto(answer, to)
+                number += 1
+
+    def _receive(self) -> tuple[bytes, Address] | None:
+        data, peer = self._socket.recvfrom(65536)
+        if not data:
+            return None
+        self.sources[peer[0]] += 1
+        return data, peer
+
+
+@contextmanager
+def scripted_relay(answer: Callable[[int, bytes, Address], Answers]) -> Iterator[ScriptedRelay]:
+    """Serve until the end of the context, and then what has arrived by then."""
+    relay = ScriptedRelay(answer)
+    thread = threading.Thread(target=relay.serve)
+    thread.start()
+    try:
+        yield relay
+    finally:
+        with socket.socket(type=socket.SOCK_DGRAM) as last:
+            last.sendto(b"", ("127.0.0.1", relay.port))
+        thread.join()
+
+
+def echo(_number: int, data: bytes, peer: Address) -> Answers:
+    return [(data, peer)]
+
+
+def lose_the_third(number: int, data: bytes, peer: Address) -> Answers:
+    return [] if number == 2 else [(data, peer)]
+
+
+def double_the_third(number: int, data: bytes, peer: Address) -> Answers:
+    return [(data, peer)] * (2 if number == 2 else 1)
+
+
+def cut_the_third(number: int, data: bytes, peer: Address) -> Answers:
+    short = data[:-16] + data[-8:]
+    return [(short, peer), (data, peer)] if number == 2 else [(data, peer)]
+
+
+def spoil_the_third(number: int, data: bytes, peer: Address) -> Answers:
+    return [(data[:-1] + b"!", peer), (data, peer)] if number == 2 else [(data, peer)]
+
+
+def tell_another_the_third(number: int, data: bytes, peer: Address) -> Answers:
+    another = ("127.16.0.1" if peer[0] == "127.16.0.0" else "127.16.0.0", peer[1])
+    return [(data, another), (data, peer)] if number == 2 else [(data, peer)]
+
+
+def swap_pairs() -> Callable[[int, bytes, Address], Answers]:
+    held: Answers = []
+
+    def answer(_number: int, data: bytes, peer: Address) -> Answers:
+        held.insert(0, (data, peer))
+        if len(held) < 2:
+            return []
+        swapped = list(held)
+        held.clear()
+        return swapped
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("script", "counted"),
+    [
+        (echo, {}),
+        (lose_the_third, {"answered": 19, "lost": 1}),
+        (double_the_third, {"late": 1}),
+        (cut_the_third, {"wrong": 1}),
+        (spoil_the_third, {"wrong": 1}),
+        (tell_another_the_third, {"wrong": 1}),
+    ],
+)
+def test_the_udp_load_counts_what_goes_wrong(
+    load: Load, script: Callable[[int, bytes, Address], Answers], counted: dict[str, int]
+) -> None:
+    with scripted_relay(script) as relay:
+        report = load.run(relay.port, Shape(64, 2), 20, window=1)
+
+    names = ("answered", "lost", "late", "out_of_order", "wrong")
+    usual = dict.fromkeys(names, 0) | {"answered": 20}
+    assert {name: getattr(report, name) for name in names} == usual | counted
+
+
+def test_the_udp_load_counts_answers_out_of_order(load: Load) -> None:
+    with scripted_relay(swap_pairs()) as relay:
+        report = load.run(relay.port, Shape(64, 1), 20, window=2)
+
+    assert (report.answered, report.out_of_order, report.wrong) == (20, 10, 0)
+
+
+def test_the_udp_load_takes_all_sessions_in_turn_and_newcomers_once(load: Load) -> None:
+    with scripted_relay(echo) as relay:
+        load.run(relay.port, Shape(1200, 300), 900, window=7, newcomers=500)
+
+    assert Counter(relay.sources.values()) == {3: 300, 1: 500}
+
+
+def test_a_relay_that_answers_nothing_stops_the_benchmark(load: Load) -> None:
+    with (
+        scripted_relay(lambda *_: []) as relay,
+        pytest.raises(BenchmarkError, match=f"port {relay.port} has stopped answering: 0 answers"),
+    ):
+        load.run(relay.port, Shape(64, 1), 20)
+
+
+def test_a_udp_shape_is_read() -> None:
+    assert shape("200x10000") == Shape(200, 10_000)
+    assert str(Shape(200, 10_000)) == "200x10000"
+
+
+@pytest.mark.parametrize("text", ["64", "x", "64x", "ax1", "39x1", "1473x1", "64x0", "64x65537"])
+def test_a_udp_shape_that_cannot_be_measured_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
+        shape(text)
+
+
+def test_the_udp_benchmark_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.udp", "--smoke"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("kamal", "bare", "CPU for a relayed datagram", "Added latency", "flood"):
+        assert part in done.stdout
