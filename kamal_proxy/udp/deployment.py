@@ -22,13 +22,12 @@ from kamal_proxy.udp.names import LookupFailedError, TargetName
 from kamal_proxy.udp.options import split_udp_target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from kamal_proxy._fastpath import Relay
     from kamal_proxy.logs import Log
     from kamal_proxy.udp.names import SocketAddress
     from kamal_proxy.udp.options import UdpHealthCheckOptions, UdpOptions
-    from kamal_proxy.udp.probe import UdpProbe
 
 _ENDED_AT_ONCE = 200  # sessions; closing their sockets takes about a millisecond
 _AVOIDED = 1.0  # seconds for which a target that refused is the last choice
@@ -108,7 +107,7 @@ class UdpDeployment:
         options: UdpOptions,
         relay: Relay,
         *,
-        probe: UdpProbe,
+        probe: Callable[[UdpTarget, UdpHealthCheckOptions], Awaitable[ProbeResult]],
         lookups: trio.CapacityLimiter,
         secret: int,
         log: Log,

@@ -20,7 +20,9 @@ from kamal_proxy.errors import ListenError
 from kamal_proxy.listeners import privilege_hint, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from kamal_proxy.udp.names import SocketAddress
 
 BUFFER_SIZE = 4 * 1024 * 1024  # bytes asked for, in each direction
 RESERVED_DESCRIPTORS = 100  # for listeners, probes, the admin API, the saved state
@@ -128,6 +130,26 @@ def _raise_buffer(sock: socket.socket, option: int, force: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, force, BUFFER_SIZE)
     except OSError:
         sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_SIZE)
+
+
+def is_own(addresses: Iterable[SocketAddress], listening: Sequence[str]) -> bool:
+    """Return whether something that is sent to an address arrives at our own listeners.
+
+    Args:
+        addresses: Where it is sent to, of which the first counts.
+        listening: The addresses of the listeners; none means all.
+    """
+    for address in addresses:
+        if listening:
+            return address[0] in listening
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind((address[0], 0, *address[2:]))
+            except OSError:
+                return False  # it is none of this host's
+        return True
+    return False
 
 
 def owner_of(port: int, address: str = "") -> str | None:

@@ -106,6 +106,7 @@ class UdpService:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._started = trio.Event()
+        self._moving = trio.Event()
         self._last_sessions: ServiceSessions | None = None
         #: Its deployments that were not drained yet, by the relay's number of their generation.
         self.deployments: dict[int, UdpDeployment] = {}
@@ -119,12 +120,13 @@ class UdpService:
         return f"<UdpService {self.name} ports={[*self._ports]} sessions={self.relay.live}>"
 
     async def run(self) -> None:
-        """Move datagrams, and hold the deployments, until :meth:`close`. It can't be run again."""
+        """Hold the deployments, and move datagrams, until :meth:`close`. It can't be run again."""
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     self._started.set()
+                    await self._moving.wait()
                     await self._move_datagrams()
         finally:
             self._nursery = None
@@ -136,6 +138,10 @@ class UdpService:
     async def wait_started(self) -> None:
         """Wait until it runs, or has ended."""
         await self._started.wait()
+
+    def start_moving(self) -> None:
+        """Move datagrams from now on; until then they wait in the listeners' buffers."""
+        self._moving.set()
 
     def close(self) -> None:
         """End all sessions and everything that runs for it."""

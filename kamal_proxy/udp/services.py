@@ -24,12 +24,13 @@ from kamal_proxy.errors import (
     ShuttingDownError,
     StateError,
 )
+from kamal_proxy.health import ProbeResult
 from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
-from kamal_proxy.udp.deployment import UdpDeployment
+from kamal_proxy.udp.deployment import UdpDeployment, UdpTarget
 from kamal_proxy.udp.drains import plan_drain
 from kamal_proxy.udp.metrics import UdpMetrics
-from kamal_proxy.udp.ports import available_descriptors, listen_udp
+from kamal_proxy.udp.ports import available_descriptors, is_own, listen_udp
 from kamal_proxy.udp.probe import probe_for
 from kamal_proxy.udp.saved_sessions import SessionsFormatError, decode, encode
 from kamal_proxy.udp.service import Listening, UdpService
@@ -38,11 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kamal_proxy.control.messages import Event, ServiceDescription
-    from kamal_proxy.health import ProbeResult
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
     from kamal_proxy.options import PauseOptions, StopOptions
-    from kamal_proxy.probing import Probed
     from kamal_proxy.state import StateFile
     from kamal_proxy.udp.options import (
         UdpDeploymentOptions,
@@ -58,6 +57,8 @@ if TYPE_CHECKING:
 _SAVE_INTERVAL = 5.0  # seconds between two looks whether the sessions have changed
 _LISTEN_AGAIN = 5.0  # seconds until a port is tried again that was taken at the start
 _MAX_LOOKUPS = 20
+_UNWIND = 5.0  # seconds; what was cancelled takes no longer, and if it does nobody waits for it
+_SAVED_PER_SECOND = 4_000  # sessions; encoding so many takes less than a millisecond
 
 
 @attrs.define(eq=False)
@@ -167,11 +168,13 @@ class UdpServices:
             # A port that is taken must not keep the other services, and HTTP, from serving.
             self._log.error("UDP service can't listen yet", service=saved.name, error=str(error))
             self._require_nursery().start_soon(self._listen_later, saved.options.port, service)
-            return
-        if saved.name in sessions:
-            found, away = sessions[saved.name]
-            count, lost = await service.restore(found, away)
-            self._log.info("UDP sessions restored", service=saved.name, count=count, lost=lost)
+        else:
+            # Before the first datagram: its client would get a new session, from a new port.
+            if saved.name in sessions:
+                found, away = sessions[saved.name]
+                count, lost = await service.restore(found, away)
+                self._log.info("UDP sessions restored", service=saved.name, count=count, lost=lost)
+        service.start_moving()
 
     async def _listen_later(self, port: int, service: UdpService) -> None:
         while self._installed.get(service.name) is service and port not in service.ports:
@@ -243,6 +246,7 @@ class UdpServices:
         name, deploying = options.service, options.deployment_options
         with self._using(name):
             service = await self._get_running(name)
+            service.start_moving()
             with self._using_port(udp.port, service) as listening:
                 self._check_descriptors(name, udp, len(options.targets))
                 deployment = self._new_deployment(
@@ -294,7 +298,7 @@ class UdpServices:
 
     async def _ended(self, deployment: UdpDeployment) -> None:
         """Wait until a deployment that never served has given back what it had."""
-        with trio.CancelScope(shield=True):
+        with trio.move_on_after(_UNWIND, shield=True):
             await deployment.wait_drained()
 
     def _drained(self, service: UdpService, deployment: UdpDeployment) -> None:
@@ -538,7 +542,10 @@ class UdpServices:
     ) -> UdpDeployment:
         probe_target = probe_for(options.health_check, lookups=self._lookups, http=self._http_probe)
 
-        async def probe(target: Probed, check: UdpHealthCheckOptions) -> ProbeResult:
+        async def probe(target: UdpTarget, check: UdpHealthCheckOptions) -> ProbeResult:
+            if target.port == options.port and is_own(target.address.addresses, self._bind):
+                # Each datagram would come back as that of a new client, without end.
+                return ProbeResult(False, "this is the service's own port", f"udp://{target.text}")
             result = await probe_target(target, check)
             self._metrics.probe(service.name, result.ok)
             return result
@@ -580,7 +587,8 @@ class UdpServices:
         """Save the sessions every few seconds if there are others than before."""
         told = ""
         while True:
-            await trio.sleep(_SAVE_INTERVAL)
+            live = sum(service.relay.live for service in self._installed.values())
+            await trio.sleep(max(_SAVE_INTERVAL, live / _SAVED_PER_SECOND))
             mark = self._sessions_mark()
             if mark == self._saved_mark:
                 continue
@@ -619,7 +627,9 @@ class UdpServices:
                 return {}
             document = decode(content)
         except (StateError, SessionsFormatError) as error:
-            self._log.warning("UDP sessions can't be restored", error=str(error))
+            self._log.warning(
+                "UDP sessions can't be restored", path=self._store.path, error=str(error)
+            )
             return {}
         away = max(0.0, time.time() - document.saved_at)
         return {sessions.name: (sessions, away) for sessions in document.services}
