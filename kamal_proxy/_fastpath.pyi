@@ -173,6 +173,10 @@ class Relay:
         """How many sessions there are."""
 
     @property
+    def shed(self) -> int:
+        """How many datagrams were dropped because there may be no further session."""
+
+    @property
     def changes(self) -> int:
         """A number that differs when sessions have begun, ended or moved."""
 

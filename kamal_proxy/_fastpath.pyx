@@ -9,6 +9,7 @@ parses has a slow, obvious twin in tests/reference and a hypothesis test that bo
 
 import os
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 
 cdef enum:
@@ -339,4 +340,6 @@ def fnv1a_32(data):
     return value
 
 
+include "_system.pxi"
+include "_sessions.pxi"
 include "_relay.pxi"

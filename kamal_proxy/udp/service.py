@@ -218,7 +218,7 @@ class UdpService:
     # Moving datagrams
 
     async def _move_datagrams(self) -> None:
-        relay, turn = self.relay, _SHORT_TURN
+        relay, turn, shed = self.relay, _SHORT_TURN, 0
         while True:
             await trio.lowlevel.wait_readable(relay.fileno())
             while True:
@@ -227,6 +227,9 @@ class UdpService:
                     self._admit_newcomers()
                 if result & RUN_REFUSED:
                     self._look_at_refusals()
+                if relay.shed != shed:
+                    shed = relay.shed
+                    self._tell("UDP sessions shed", reason="session_limit", limit=relay.limit)
                 if result & RUN_EMPTIED or (result and len(self.deployments) > 1):
                     for deployment in self.deployments.values():
                         deployment.notice_empty()
@@ -252,7 +255,6 @@ class UdpService:
         options = active.options.sessions
         if relay.live >= relay.limit and not relay.evict():
             relay.refuse(number, "session_limit")
-            self._tell("UDP sessions shed", reason="session_limit", limit=relay.limit)
             return
         generation, targets = active.generation, active.all_numbers()
         if options.affinity:

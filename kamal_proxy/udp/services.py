@@ -25,6 +25,7 @@ from kamal_proxy.errors import (
     StateError,
 )
 from kamal_proxy.health import ProbeResult
+from kamal_proxy.listeners import reason
 from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
 from kamal_proxy.udp.deployment import UdpDeployment, UdpTarget
@@ -416,13 +417,20 @@ class UdpServices:
         service = self._running.get(name)
         if service is None:
             nursery = self._require_nursery()
-            service = self._running[name] = UdpService(
-                name,
-                os.urandom(16),
-                on_drained=self._drained,
-                source_ports=self._source_ports,
-                log=self._log,
-            )
+            try:
+                service = UdpService(
+                    name,
+                    os.urandom(16),
+                    on_drained=self._drained,
+                    source_ports=self._source_ports,
+                    log=self._log,
+                )
+            except OSError as error:
+                raise ListenError(
+                    f"service {name} can't be run: {reason(error)}; "
+                    "raise the limit of open files (ulimit -n)"
+                ) from error
+            self._running[name] = service
             nursery.start_soon(self._run_service, service)
         await service.wait_started()
         return service
