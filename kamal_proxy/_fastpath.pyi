@@ -177,6 +177,10 @@ class Relay:
         """How many datagrams were dropped because there may be no further session."""
 
     @property
+    def traffic(self) -> int:
+        """How many datagrams were sent on."""
+
+    @property
     def changes(self) -> int:
         """A number that differs when sessions have begun, ended or moved."""
 
@@ -311,7 +315,11 @@ class Relay:
         """Drop what a newcomer has sent, for one of ``DROP_REASONS``."""
 
     def evict(self) -> bool:
-        """End the oldest session that was never answered; return False if there is none."""
+        """End the oldest session that was never answered, if it has lived for a second.
+
+        Returns:
+            False if there is none.
+        """
 
     def refusals(
         self,

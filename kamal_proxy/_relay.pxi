@@ -94,6 +94,7 @@ cdef inline uint32_t _train(uint32_t size, uint32_t segment) noexcept nogil:
 
 
 @cython.final
+@cython.no_gc
 cdef class Relay(SessionTable):
     """Moves the datagrams of one UDP service; see _fastpath.pyi."""
 
@@ -238,6 +239,10 @@ cdef class Relay(SessionTable):
                     moved += self._from_target(flow, each)
         self._flush_to_clients()
         return moved
+
+    @property
+    def traffic(self):
+        return self._in_count + self._out_count
 
     def counters(self):
         cdef int i
@@ -822,7 +827,7 @@ cdef class Relay(SessionTable):
         if self.mode == MODE_PAUSED:
             self._dropped[DROP_PAUSED] += count
             return
-        if self._live >= self.limit and self._oldest == NULL:
+        if self._live >= self.limit and not self._can_evict():
             self._dropped[DROP_LIMIT] += count
             return
         newcomer = NULL

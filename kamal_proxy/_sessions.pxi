@@ -10,6 +10,7 @@ cdef enum:
     WHEEL_WORDS = 16
     COARSE = 10000            # deadlines this far ahead, in milliseconds, fall on whole seconds
     EXPIRE_AT_ONCE = 256
+    FAIR_CHANCE = 1000        # milliseconds in which a target may answer before a session is evicted
     CONFIRM = 2000            # milliseconds of silence that confirm a hint
     PORT_TRIES = 64
     RECORD_BYTES = 72
@@ -92,6 +93,7 @@ cdef struct Flow:
     uint8_t kept_tos
     uint16_t kept_size
     uint8_t *kept             # the first datagram, until the target answers
+    uint64_t begun            # milliseconds
     uint64_t refused_since    # milliseconds: the first of these refusals
     uint64_t refused_at       # milliseconds: the last refusal ever
     uint64_t gone_since       # milliseconds: when the client's port refused, or 0
@@ -238,6 +240,8 @@ cdef class SourcePorts:
         free(ports)
 
 
+# The collector would clear ``_ports`` before __dealloc__ needs it; nothing here can be in a cycle.
+@cython.no_gc
 cdef class SessionTable:
     """The sessions of one UDP service; the part of a Relay that moves no datagram."""
 
@@ -569,10 +573,19 @@ cdef class SessionTable:
         self._bury()
         return self._generations[generation].live
 
+    cdef inline bint _can_evict(self) noexcept nogil:
+        """Return whether a session may make room for another one.
+
+        One that goes both ways may not, nor one whose target has had no time to answer: newcomers
+        in a flood would push each other out before any is answered, and cost more than to drop.
+        """
+        return self._oldest != NULL and self._clock - self._oldest.begun >= FAIR_CHANCE
+
     def evict(self):
         """End the oldest session that no target has answered; return False if there is none."""
         self._require_open()
-        if self._oldest == NULL:
+        self._clock = _now()
+        if not self._can_evict():
             return False
         self._end(self._oldest, END_EVICTED)
         self._bury()
@@ -737,6 +750,7 @@ cdef class SessionTable:
         head.listener = newcomer.listener
         head.hash = newcomer.hash
         head.heard = head.client_heard = heard
+        head.begun = self._clock
         flow = head.ring
         while flow != head:  # what sending to the client asks of a flow
             flow.client = head.client

@@ -262,16 +262,16 @@ class UdpDeployment:
                 return target
         return None
 
-    def gives_up(self, number: int, *, answered: bool, refusals: int, span: float) -> bool:
+    def gives_up(self, number: int, *, patient: bool, refusals: int, span: float) -> bool:
         """Return whether a session leaves an address whose port is closed.
 
         Args:
             number: What the relay knows the address by.
-            answered: Whether the session has ever been answered.
+            patient: Whether the session waits for a target that may be restarting.
             refusals: How often the port was closed since the target was last heard.
             span: Seconds between the first and the last of these.
         """
-        if not answered:
+        if not patient:
             return True
         target = next((target for target in self.targets if target.number == number), None)
         return (

@@ -302,10 +302,11 @@ class UdpService:
             if deployment is None or self.active is None:
                 continue
             deployment.refused(number)
-            # One that was never answered asks each target once.
-            if not affinity or (not answered and moves >= len(deployment.targets)):
-                continue
-            if not deployment.gives_up(number, answered=answered, refusals=count, span=span):
+            # One that was never answered asks each target once before it becomes patient.
+            patient = answered or moves >= len(deployment.targets)
+            if not affinity or not deployment.gives_up(
+                number, patient=patient, refusals=count, span=span
+            ):
                 continue
             key = affinity_key(self.active.options.sessions.strategy, *ends)
             other = self.active if deployment.retired else deployment

@@ -28,7 +28,7 @@ from kamal_proxy.health import ProbeResult
 from kamal_proxy.listeners import reason
 from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
-from kamal_proxy.udp.deployment import UdpDeployment, UdpTarget
+from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment, UdpTarget
 from kamal_proxy.udp.drains import plan_drain
 from kamal_proxy.udp.metrics import UdpMetrics
 from kamal_proxy.udp.ports import available_descriptors, is_own, listen_udp
@@ -118,7 +118,7 @@ class UdpServices:
         self._installed: dict[str, UdpService] = {}
         self._nursery: trio.Nursery | None = None
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
-        self._saved_mark: object = None
+        self._saved_mark: tuple[object, object] = ([], [])  # nothing is saved of no service
         self._source_ports = SourcePorts(*_port_range())
         self._counters = UdpMetrics(metrics, self._installed.values)
 
@@ -592,18 +592,24 @@ class UdpServices:
         )
 
     async def _keep_sessions(self, store: SessionStore) -> None:
-        """Save the sessions every few seconds if there are others than before."""
-        told = ""
+        """Save the sessions every few seconds if there are others than before.
+
+        Those that only go on are saved more seldom, but often enough that the time since their last
+        datagram, which is saved too, does not make a restarted proxy take them for over.
+        """
+        told, saved_at = "", trio.current_time()
         while True:
             live = sum(service.relay.live for service in self._installed.values())
             await trio.sleep(max(_SAVE_INTERVAL, live / _SAVED_PER_SECOND))
             mark = self._sessions_mark()
-            if mark == self._saved_mark:
+            age = trio.current_time() - saved_at
+            is_same = mark[0] == self._saved_mark[0]
+            if mark == self._saved_mark or (is_same and age < self._shortest_patience() / 4):
                 continue
             try:
                 content = self._encode_sessions()
                 await trio.to_thread.run_sync(store.save, content, limiter=self._saving)
-                self._saved_mark, told = mark, ""
+                self._saved_mark, told, saved_at = mark, "", trio.current_time()
             except (StateError, SessionsFormatError) as error:
                 if str(error) != told:
                     told = str(error)
@@ -611,7 +617,7 @@ class UdpServices:
 
     def save_sessions(self) -> None:
         """Save the sessions now, blocking: nothing is moved any more, the process ends."""
-        if self._store is None:
+        if self._store is None or self._sessions_mark() == self._saved_mark == ([], []):
             return
         try:
             self._store.save(self._encode_sessions())
@@ -621,9 +627,22 @@ class UdpServices:
     def _encode_sessions(self) -> bytes:
         return encode(time.time(), [service.sessions() for service in self._installed.values()])
 
-    def _sessions_mark(self) -> object:
-        """Return what differs when sessions have begun, ended or moved."""
-        return tuple((service.name, service.relay.changes) for service in self._installed.values())
+    def _sessions_mark(self) -> tuple[object, object]:
+        """Return what differs when sessions begin, end or move, and when they only go on."""
+        relays = [(service.name, service.relay) for service in self._installed.values()]
+        return (
+            [(name, relay.changes) for name, relay in relays],
+            [(name, relay.traffic) for name, relay in relays],
+        )
+
+    def _shortest_patience(self) -> float:
+        """Return the seconds after which the first of the sessions that are quiet may be over."""
+        timeouts = (
+            service.options.sessions.timeout
+            for service in self._installed.values()
+            if service.options is not None
+        )
+        return min(UNANSWERED, *timeouts, UNANSWERED)
 
     async def _load_sessions(self) -> dict[str, tuple[ServiceSessions, float]]:
         """Return the saved sessions by service, with the seconds since they were saved."""
