@@ -8,15 +8,20 @@ import re
 import shlex
 import shutil
 import socket
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
+from kamal_proxy._fastpath import DROP_REASONS, END_REASONS
 from kamal_proxy.cli.arguments import scan
 from kamal_proxy.cli.commands import find_command
 from kamal_proxy.errors import NotSupportedYetError
 from kamal_proxy.http.reasons import Reason
+from kamal_proxy.metrics import Metrics
+from kamal_proxy.udp.metrics import UdpMetrics
 from tests.examples import FENCED, Example, examples_in
 from tests.running import ROOT, Command, Embedded, open_instance
 
@@ -160,6 +165,79 @@ async def test_the_fields_of_a_request_are_those_of_the_page(
         r"`([a-z_]+)`[,|\s]", "\n".join(re.findall(r"^\| `.*?\|", reasons, re.MULTILINE))
     )
     assert sorted(words) == sorted(set(Reason) - {Reason.IDLE})
+
+
+# --- UDP -----------------------------------------------------------------------------------------
+
+
+def section(page: str, heading: str) -> str:
+    """Return the text under a heading, up to the next one of its level."""
+    text = (ROOT / "docs" / page).read_text()
+    found = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    assert found, f"{page} has no section {heading}"
+    return found
+
+
+def in_first_column(text: str) -> list[str]:
+    """Return what tables have in backticks in their first column."""
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+
+
+def test_the_example_of_a_udp_service_runs_and_prints_what_the_page_says(tmp_path: Path) -> None:
+    example = section("embedding.md", "A UDP service")
+    code, output = (block for _, block in FENCED.findall(example))
+    program = tmp_path / "example.py"
+    program.write_text(code)
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(program)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == output
+
+
+def test_every_end_of_a_session_and_every_drop_is_explained() -> None:
+    assert sorted(in_first_column(section("udp.md", "Sessions"))) == sorted(END_REASONS)
+    assert sorted(in_first_column(section("udp.md", "Dropped datagrams"))) == sorted(DROP_REASONS)
+
+
+def test_flags_that_are_recommended_exist() -> None:
+    text = section("udp.md", "Which flags for which server")
+    recommended = re.findall(r"`(--[^`]+)`", re.sub(FENCED, "", text))
+    assert len(recommended) > 5
+    grammar = find_command(["deploy-udp"])[0].grammar
+    for flags in recommended:
+        scan(grammar, ["game", "--target=game-1:9999", *shlex.split(flags)])
+
+
+def test_the_metrics_of_udp_services_are_those_of_the_page() -> None:
+    shown: dict[str, set[str]] = {}
+
+    class Shown(Metrics):
+        def table(self, name: str, *arguments: Any, **_: Any) -> None:
+            _, labels, _ = arguments
+            shown[name.removeprefix("kamal_proxy_udp_")] = set(labels)
+
+    UdpMetrics(Shown(), lambda: ())
+
+    text = section("metrics.md", "UDP services")
+    rows = re.findall(r"^\| `(\w+)` \| (counter|gauge) \| (.*?) \|", text, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(shown)
+    for name, kind, labels in rows:
+        # In brackets are the values of the label before.
+        assert set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", labels))) == shown[name], name
+        assert name.endswith("_total") == (kind == "counter"), name
+    items = [item for item in text.split("\n- ") if item.startswith("The `reason`")]
+    words = [sorted(set(re.findall(r"`([a-z_]+)`", item)) - {"reason"}) for item in items]
+    assert words == [sorted(END_REASONS), sorted(DROP_REASONS)]
 
 
 # --- the rooms -----------------------------------------------------------------------------------
