@@ -173,6 +173,10 @@ class Relay:
         """How many sessions there are."""
 
     @property
+    def sockets(self) -> int:
+        """How many upstream sockets are open."""
+
+    @property
     def shed(self) -> int:
         """How many datagrams were dropped because there may be no further session."""
 
@@ -227,12 +231,30 @@ class Relay:
             affinity: Whether a session has one target; otherwise each datagram goes to the next.
         """
 
-    def retire(self, generation: int) -> None:
+    def let_go(self, generation: int) -> None:
         """Take the sessions of a generation without affinity from their clients.
 
-        They live on for answers that are on their way, until these cease for two seconds. Sessions
-        with affinity go on as before.
+        A client's next datagram begins another session. The old ones live on for answers that are
+        on their way, until these cease for two seconds. Sessions with affinity go on as before.
         """
+
+    def stuck(
+        self, generation: int, target: int, seconds: float, count: int
+    ) -> list[tuple[int, bytes, bytes]]:
+        """Return sessions whose client goes on talking to a target that is silent.
+
+        Args:
+            generation: Whose sessions.
+            target: Which target.
+            seconds: For how long the target has been silent when the client last talked.
+            count: How many at most.
+
+        Returns:
+            Each with its number, the client's and the local end.
+        """
+
+    def flows_to(self, target: int) -> int:
+        """Return how many upstream sockets are connected to a target."""
 
     def adopt(self, former: int, generation: int, targets: Mapping[int, int]) -> None:
         """Make the sessions of some targets those of another generation; they notice nothing.
@@ -281,13 +303,24 @@ class Relay:
     def run(self, milliseconds: int) -> int:
         """Move what waits; what newcomers sent before the last call is dropped.
 
-        While much is moved, it waits up to 0.1 ms at a time for more.
+        While much is moved, it waits a moment for more: up to 1 ms at a time where
+        :meth:`interrupt_by` was called, otherwise 0.1 ms.
 
         Args:
             milliseconds: Time after which it returns, give or take a few hundred datagrams.
 
         Returns:
             The sum of ``RUN_*``.
+        """
+
+    def interrupt_by(self, fd: int) -> None:
+        """Let a run that waits for more end when somebody else has something to do.
+
+        Args:
+            fd: What is readable then. It must stay open as long as the relay is.
+
+        Raises:
+            OSError: it can't be waited for.
         """
 
     def newcomers(self) -> list[tuple[int, int, bytes, bytes]]:

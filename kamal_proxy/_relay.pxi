@@ -47,12 +47,15 @@ cdef enum:
     CONTROL_SIZE = 256        # bytes of control messages of one datagram
     CONTROL_ROOM = 2048       # the same for a batch, in words of 8 bytes
     MAX_EVENTS = 256
+    MAX_STARVED = 16          # listeners that are read when no event tells of one
     FEW_MOVED = 8             # a round that moved fewer ends the run: there is nothing to gain
-    LINGER = 100              # microseconds that a busy run waits for more
+    LINGER = 1000             # microseconds that a busy run waits for more
+    SHORT_LINGER = 100        # the same when nothing could interrupt it
     MAX_NEWCOMERS = 256
     MAX_PIECES = 512          # datagrams, or trains, that newcomers have sent before Python decided
-    PIECES_EACH = 16
+    PIECES_EACH = 64          # a round reads no more from a listener
     MAX_REFUSALS = 256
+    TELLINGS = 4              # errors of other clients' ports that one call may be told before it works
     MAX_ERRORS = 64           # messages read from a listener's error queue at a time
     KEPT_SIZE = 1472          # largest first datagram that is kept for another target
     KEPT_TOTAL = 4194304      # bytes of them
@@ -98,6 +101,8 @@ cdef inline uint32_t _train(uint32_t size, uint32_t segment) noexcept nogil:
 cdef class Relay(SessionTable):
     """Moves the datagrams of one UDP service; see _fastpath.pyi."""
 
+    cdef int _interrupt       # a descriptor whose readiness ends a run, or -1
+    cdef bint _interrupted
     # What Python is asked about.
     cdef Newcomer _newcomers[MAX_NEWCOMERS]
     cdef uint32_t _newcomer_count
@@ -116,7 +121,6 @@ cdef class Relay(SessionTable):
     cdef int16_t _follower[BATCH]
     cdef uint16_t _segment[BATCH]  # bytes of a datagram of a train, or 0
     cdef uint8_t _tos[BATCH]
-    cdef uint64_t _batch
     # One round out: what sendmsg() is given, and what it was made of.
     cdef mmsghdr _out[BATCH]
     cdef iovec _out_parts[MAX_PARTS]
@@ -152,6 +156,7 @@ cdef class Relay(SessionTable):
             self._in_parts[i].iov_base = self._slots + <size_t>i * SLOT_SIZE
             self._in_parts[i].iov_len = SLOT_SIZE
         self._out_listener = -1
+        self._interrupt = -1
 
     def __dealloc__(self):
         self._forget_newcomers()
@@ -172,8 +177,9 @@ cdef class Relay(SessionTable):
 
     def run(self, int milliseconds):
         """Move what waits, for about so long at most."""
-        cdef int moved, result = 0
+        cdef int moved, result = 0, linger = SHORT_LINGER if self._interrupt < 0 else LINGER
         cdef uint64_t started
+        cdef bint may_wait = False
         self._require_open()
         self._forget_newcomers()
         self._forget_refusals()
@@ -184,12 +190,20 @@ cdef class Relay(SessionTable):
                 if (
                     self._clock - started >= <uint64_t>milliseconds
                     or self._newcomer_count or self._refusal_count or self._emptied
+                    or self._interrupted
                 ):
                     result = RUN_MORE
                     break
                 # Where so much comes, more will. Waiting here for a moment costs less than the way
-                # back through the event loop, and holds that up no longer than the moving does.
-                moved = self._round(LINGER)
+                # back through the event loop, and holds nobody up: who else has something to do
+                # interrupts.
+                if not may_wait:
+                    self._watch_interrupt(EPOLLIN)
+                    may_wait = True
+                moved = self._round(linger)
+            if may_wait:
+                self._watch_interrupt(0)
+            self._interrupted = False
             self._bury()
         if self._newcomer_count:
             result |= RUN_NEWCOMERS
@@ -199,6 +213,23 @@ cdef class Relay(SessionTable):
             self._emptied = False
             result |= RUN_EMPTIED
         return result
+
+    def interrupt_by(self, int fd):
+        """Let the readiness of a descriptor end a run."""
+        cdef epoll_event event
+        self._require_open()
+        event.events = 0  # until a run may wait
+        event.data.u64 = _INTERRUPT_TAG
+        if epoll_ctl(self._epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+            raise OSError(errno, os.strerror(errno))
+        self._interrupt = fd
+
+    cdef void _watch_interrupt(self, uint32_t events) noexcept nogil:
+        cdef epoll_event event
+        if self._interrupt >= 0:
+            event.events = events
+            event.data.u64 = _INTERRUPT_TAG
+            epoll_ctl(self._epoll, EPOLL_CTL_MOD, self._interrupt, &event)
 
     cdef int _round(self, int patience) noexcept nogil:
         """Work on one set of events; return how many datagrams were read.
@@ -212,6 +243,8 @@ cdef class Relay(SessionTable):
         cdef uint64_t tag
         cdef Flow *flow
         cdef timespec time
+        cdef bint listened = False
+        cdef uint32_t listener
         if patience:
             time.tv_sec = 0
             time.tv_nsec = patience * 1000
@@ -231,12 +264,23 @@ cdef class Relay(SessionTable):
             tag = event.data.u64
             if tag & 0xFF == _TIMER_TAG:
                 self._tick()
+            elif tag & 0xFF == _INTERRUPT_TAG:
+                self._interrupted = True
             elif tag & 0xFF == _LISTENER_TAG:
+                listened = True
                 moved += self._from_clients(<uint32_t>(tag >> 8), event.events)
             else:
                 flow = <Flow *>event.data.ptr
                 if not flow.ended:
                     moved += self._from_target(flow, each)
+        if count == MAX_EVENTS and not listened:
+            # So many targets send that no listener is among the events: they are not to starve it.
+            for listener in range(min(self._listener_room, MAX_STARVED)):
+                for i in range(MAX_EVENTS // BATCH):
+                    each = self._from_clients(listener, 0)
+                    moved += each
+                    if each < BATCH:
+                        break
         self._flush_to_clients()
         return moved
 
@@ -284,10 +328,13 @@ cdef class Relay(SessionTable):
             message.msg_hdr.msg_control = <uint8_t *>self._in_control + i * CONTROL_SIZE
             message.msg_hdr.msg_controllen = CONTROL_SIZE
             message.msg_hdr.msg_flags = 0
-        count = recvmmsg(listener.fd, self._in, BATCH, MSG_DONTWAIT, NULL)
+        # An error of a client's port is told instead of reading; each call tells, and so clears, one.
+        for i in range(TELLINGS):
+            count = recvmmsg(listener.fd, self._in, BATCH, MSG_DONTWAIT, NULL)
+            if count >= 0 or not _is_told_error(errno):
+                break
         if count <= 0:
-            return 0  # an error of a client's port was told; the queue of errors has it too
-        self._batch += 1
+            return 0
         # All hashes first, so that buckets and flows are on their way from memory when their turn
         # comes.
         for i in range(count):
@@ -305,7 +352,7 @@ cdef class Relay(SessionTable):
             message = &self._in[i]
             size = message.msg_len
             memset(&local, 0, sizeof(local))
-            self._read_control(&message.msg_hdr, i, &local, listener)
+            self._read_control(&message.msg_hdr, i, &local, &listener.overflow)
             if message.msg_hdr.msg_flags & MSG_TRUNC:
                 self._dropped[DROP_TRUNCATED] += 1
                 continue
@@ -321,7 +368,7 @@ cdef class Relay(SessionTable):
             if flow == NULL:
                 self._note_newcomer(number, port, scope, &local, i, size)
                 continue
-            flow.heard = flow.client_heard = self._clock
+            flow.client_heard = self._clock
             if flow.turn != NULL:
                 self._spread(
                     flow, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i],
@@ -330,8 +377,7 @@ cdef class Relay(SessionTable):
                 continue
             self._owners[i] = flow
             self._follower[i] = -1
-            if flow.batch != self._batch:
-                flow.batch = self._batch
+            if flow.first < 0:
                 flow.first = flow.last = i
                 if first < 0:
                     first = i
@@ -353,6 +399,7 @@ cdef class Relay(SessionTable):
         cdef int16_t following
         while index >= 0:
             flow = self._owners[index]
+            flow.first = -1
             following = self._follower[index]
             if (
                 following < 0 and self._segment[index] == 0 and self._tos[index] == 0
@@ -453,13 +500,13 @@ cdef class Relay(SessionTable):
             if count < 0 and errno == ECONNREFUSED:
                 self._note_refusal(flow)
             return 1  # an event was used up: not nothing
-        flow.head.heard = self._clock
+        flow.head.target_heard = self._clock
         if flow.refusals:
             flow.refusals = 0
         if not flow.head.answered:
             self._answered(flow.head)
         for i in range(slot, slot + count):
-            self._read_control(&self._in[i].msg_hdr, i, NULL, NULL)
+            self._read_control(&self._in[i].msg_hdr, i, NULL, &flow.overflow)
             if self._in[i].msg_hdr.msg_flags & MSG_TRUNC:
                 self._dropped[DROP_TRUNCATED] += 1
             elif self.mode == MODE_STOPPED:
@@ -482,11 +529,13 @@ cdef class Relay(SessionTable):
     # Reading what the kernel says beside a datagram
 
     cdef void _read_control(
-        self, msghdr *message, int index, Ip *local, Listener *listener
+        self, msghdr *message, int index, Ip *local, uint32_t *dropped
     ) noexcept nogil:
         """Take the train's segment size, type of service, local address and overflow counter.
 
-        Args of a listener's datagram only: ``local``, ``listener``; NULL otherwise.
+        Args:
+            local: Of a listener's datagram, where to write the local address; NULL otherwise.
+            dropped: What the socket's overflow counter was before.
         """
         cdef cmsghdr *control = CMSG_FIRSTHDR(message)
         cdef int number
@@ -510,9 +559,8 @@ cdef class Relay(SessionTable):
                 self._segment[index] = <uint16_t>number
             elif control.cmsg_level == SOL_SOCKET and control.cmsg_type == SO_RXQ_OVFL:
                 memcpy(&overflow, CMSG_DATA(control), sizeof(uint32_t))
-                if listener != NULL:
-                    self._overflowed += <uint32_t>(overflow - listener.overflow)
-                    listener.overflow = overflow
+                self._overflowed += <uint32_t>(overflow - dropped[0])
+                dropped[0] = overflow
             control = CMSG_NXTHDR(message, control)
 
     cdef void _read_errors(self, uint32_t number) noexcept nogil:
@@ -683,8 +731,7 @@ cdef class Relay(SessionTable):
         Args:
             flow: Whose target it goes to; NULL if it goes to clients.
         """
-        cdef int i, done = 0, sent, number
-        cdef bint again = False
+        cdef int i, done = 0, sent, number, told = 0
         cdef uint16_t segment
         cdef mmsghdr *message
         cdef bint six
@@ -719,23 +766,25 @@ cdef class Relay(SessionTable):
                 for i in range(done, done + sent):
                     self._count_sent(i, flow != NULL)
                 done += sent
-                again = False
+                told = 0
                 continue
             number = errno
             if number == EINTR:
                 continue
             if number == ECONNREFUSED and flow != NULL:
                 self._note_refusal(flow)
-            if _is_told_error(number) and not again:
-                again = True
+            told += 1
+            if _is_told_error(number) and told < (2 if flow != NULL else TELLINGS):
                 continue
-            again = False
+            told = 0
             if self._out_segments[done] > 1 and (
                 number == EINVAL or number == EIO or number == EMSGSIZE
             ):
                 # This way takes no trains: a device without checksums, or a smaller MTU.
                 self._out_flows[done].no_train = True
                 self._send_split(fd, done, flow != NULL)
+            elif flow == NULL and self._send_from_anywhere(fd, done, number):
+                self._count_sent(done, False)
             elif number == EAGAIN:
                 for i in range(done, self._outs):
                     self._dropped[DROP_BUFFER_FULL] += self._out_segments[i]
@@ -746,6 +795,27 @@ cdef class Relay(SessionTable):
             done += 1
         self._outs = 0
         self._parts = 0
+
+    cdef bint _send_from_anywhere(self, int fd, int index, int number) noexcept nogil:
+        """Answer from the address that the kernel chooses, where the client's destination can't be it.
+
+        That is so for a broadcast or a multicast address. Return whether the datagram was sent.
+        """
+        cdef msghdr *message = &self._out[index].msg_hdr
+        cdef cmsghdr *control = CMSG_FIRSTHDR(message)
+        cdef ssize_t sent
+        if number != EINVAL and number != ENETUNREACH and number != EADDRNOTAVAIL:
+            return False
+        while control != NULL:
+            if control.cmsg_level == IPPROTO_IPV6 and control.cmsg_type == IPV6_PKTINFO:
+                _without_address(<in6_pktinfo *>CMSG_DATA(control))
+            elif control.cmsg_level == IPPROTO_IP and control.cmsg_type == IP_PKTINFO:
+                memset(CMSG_DATA(control), 0, sizeof(in_pktinfo))
+            control = CMSG_NXTHDR(message, control)
+        sent = sendmsg(fd, message, MSG_DONTWAIT)
+        if sent >= 0:
+            self._out[index].msg_len = <unsigned int>sent
+        return sent >= 0
 
     cdef void _count_sent(self, int index, bint to_target) noexcept nogil:
         if to_target:
@@ -992,7 +1062,7 @@ cdef class Relay(SessionTable):
             flow = self._numbered_flow(self._refusals[i].number, self._refusals[i].stamp)
             if flow != NULL:
                 found.append((
-                    <uint64_t>flow.stamp << 32 | flow.number,
+                    _number(flow),
                     flow.generation,
                     flow.target,
                     flow.head.turn == NULL,
@@ -1000,8 +1070,8 @@ cdef class Relay(SessionTable):
                     flow.moves,
                     flow.refusals,
                     (flow.refused_at - flow.refused_since) / 1000.0,
-                    (<char *>&flow.client)[:16] + (<char *>&flow.client_port)[:2],
-                    (<char *>&flow.local)[:16] + (<char *>&self._listeners[flow.listener].port)[:2],
+                    _client_end(flow),
+                    self._local_end(flow),
                 ))
         return found
 

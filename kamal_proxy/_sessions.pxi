@@ -19,6 +19,12 @@ cdef enum:
 cdef double LONGEST = 1e9     # seconds: as good as for ever, and far from any overflow
 
 
+cdef inline uint64_t _milliseconds(double seconds) noexcept nogil:
+    """Return a time in milliseconds; what is no time, such as NaN, is none at all."""
+    return <uint64_t>((seconds if seconds < LONGEST else LONGEST) * 1000) if seconds > 0 else 0
+
+
+
 # How what a service's clients send is treated.
 cdef enum:
     MODE_RUNNING
@@ -81,19 +87,20 @@ cdef struct Flow:
     Flow *ring                # the next flow of the session, back to the head in the end
     Flow *turn                # of a head without affinity: the flow whose turn it was, else NULL
     uint8_t *header
-    uint64_t heard            # milliseconds: last datagram in either direction; of the head
     uint64_t client_heard     # milliseconds: last datagram of the client; of the head
-    uint64_t batch            # the batch of datagrams that ``first`` and ``last`` are places of
-    int16_t first
+    uint64_t target_heard     # milliseconds: last datagram of the target, or the begin; of the head
+    int16_t first             # places in the batch that is being worked on, or -1
     int16_t last
     uint32_t refusals         # since the target was last heard
     # All else.
     bool listed               # it is in the flow table and among those of its client's address
+    bool let_go               # its client's datagrams begin another session
     bool refused_now          # it is in the list of refusals already
     uint8_t kept_tos
     uint16_t kept_size
     uint8_t *kept             # the first datagram, until the target answers
     uint64_t begun            # milliseconds
+    uint32_t overflow         # the kernel's counter of answers it dropped, as last seen
     uint64_t refused_since    # milliseconds: the first of these refusals
     uint64_t refused_at       # milliseconds: the last refusal ever
     uint64_t gone_since       # milliseconds: when the client's port refused, or 0
@@ -150,6 +157,7 @@ cdef struct Listener:
 cdef enum:
     _TIMER_TAG = 1
     _LISTENER_TAG = 2
+    _INTERRUPT_TAG = 3
 
 
 cdef inline uint64_t _mix(uint64_t value) noexcept nogil:
@@ -188,6 +196,20 @@ def rendezvous(bytes key not None, seeds, uint64_t secret):
     if chosen < 0:
         raise ValueError("there is no target to choose from")
     return chosen
+
+
+cdef inline uint64_t _heard(const Flow *flow) noexcept nogil:
+    """Return when a session last had a datagram, in either direction."""
+    return max(flow.client_heard, flow.target_heard)
+
+
+cdef inline uint64_t _number(const Flow *flow) noexcept nogil:
+    """Return what Python knows a session by."""
+    return <uint64_t>flow.stamp << 32 | flow.number
+
+
+cdef inline bytes _client_end(const Flow *flow):
+    return (<const char *>&flow.client)[:16] + (<const char *>&flow.client_port)[:2]
 
 
 cdef class SourcePorts:
@@ -249,6 +271,7 @@ cdef class SessionTable:
 
     cdef int _epoll
     cdef int _timer
+    cdef bint _begun          # the descriptors are ours; without __cinit__ they would be 0
     cdef bint _closed
     cdef bint _opens_sockets
     cdef uint64_t _secret_a
@@ -266,6 +289,7 @@ cdef class SessionTable:
     cdef uint32_t _free_count
     cdef uint32_t _stamp
     cdef uint64_t _live
+    cdef uint64_t _sockets    # upstream sockets that are open
     cdef Flow *_oldest        # of those that were never answered
     cdef Flow *_newest
     cdef Flow *_graveyard
@@ -294,7 +318,7 @@ cdef class SessionTable:
         cdef epoll_event event
         self._epoll = -1
         self._timer = -1
-        self._closed = False
+        self._begun = True
         if len(seed) != 16:
             raise ValueError("the seed must have 16 bytes")
         memcpy(&self._secret_a, <char *>seed, 8)
@@ -334,7 +358,7 @@ cdef class SessionTable:
     cdef void _shut(self) noexcept:
         """End every session and close every descriptor that is ours; harmless when repeated."""
         cdef uint32_t i
-        if self._closed:
+        if self._closed or not self._begun:
             return
         self._closed = True
         for i in range(self._generation_room):
@@ -487,8 +511,8 @@ cdef class SessionTable:
         memset(generation, 0, sizeof(Generation))
         generation.used = True
         generation.affinity = affinity
-        generation.idle = <uint64_t>(min(max(idle, 0.0), LONGEST) * 1000)
-        generation.unanswered = <uint64_t>(min(max(unanswered, 0.0), LONGEST) * 1000)
+        generation.idle = _milliseconds(idle)
+        generation.unanswered = _milliseconds(unanswered)
         return i
 
     def drop_generation(self, uint32_t number):
@@ -513,25 +537,46 @@ cdef class SessionTable:
         self._require_generation(generation)
         return {END_REASONS[i]: self._generations[generation].ended[i] for i in range(ENDS)}
 
-    def retire(self, uint32_t generation):
-        """Let go of the sessions of a generation without affinity.
+    def let_go(self, uint32_t generation):
+        """Take the sessions of a generation without affinity from their clients.
 
         They take no further datagram of a client, only answers that are on their way. Sessions
         with affinity go on.
         """
         cdef Flow *flow
-        cdef Generation *retired
         self._require_generation(generation)
-        retired = &self._generations[generation]
-        if not retired.affinity:
-            retired.idle = min(retired.idle, <uint64_t>CONFIRM)
-            retired.unanswered = min(retired.unanswered, <uint64_t>CONFIRM)
-            flow = retired.members
-            while flow != NULL:
+        if self._generations[generation].affinity:
+            return
+        flow = self._generations[generation].members
+        while flow != NULL:
+            if not flow.let_go:
+                flow.let_go = True
                 self._unlist(flow)
                 self._schedule(flow)
-                flow = flow.member_next
-            self._arm()
+            flow = flow.member_next
+        self._arm()
+
+    def stuck(self, uint32_t generation, uint32_t target, double seconds, uint32_t count):
+        """Return sessions whose client goes on talking to a target that is silent."""
+        cdef uint64_t silence = _milliseconds(seconds)
+        cdef Flow *flow
+        self._require_generation(generation)
+        found = []
+        flow = self._generations[generation].members
+        while flow != NULL and <uint32_t>len(found) < count:
+            if (
+                flow.target == target and flow.turn == NULL
+                and flow.client_heard >= flow.target_heard + silence
+            ):
+                found.append((_number(flow), _client_end(flow), self._local_end(flow)))
+            flow = flow.member_next
+        return found
+
+    def flows_to(self, uint32_t target):
+        self._require_open()
+        if target >= self._target_room or not self._targets[target].used:
+            raise ValueError("there is no such target")
+        return self._targets[target].flows
 
     def adopt(self, uint32_t former, uint32_t generation, targets):
         """Make sessions of some targets those of another generation; see _fastpath.pyi."""
@@ -581,6 +626,10 @@ cdef class SessionTable:
         """
         return self._oldest != NULL and self._clock - self._oldest.begun >= FAIR_CHANCE
 
+    cdef bytes _local_end(self, const Flow *flow):
+        cdef const Listener *listener = &self._listeners[flow.listener]
+        return (<const char *>&flow.local)[:16] + (<const char *>&listener.port)[:2]
+
     def evict(self):
         """End the oldest session that no target has answered; return False if there is none."""
         self._require_open()
@@ -596,6 +645,10 @@ cdef class SessionTable:
     @property
     def live(self):
         return self._live
+
+    @property
+    def sockets(self):
+        return self._sockets
 
     @property
     def shed(self):
@@ -749,7 +802,7 @@ cdef class SessionTable:
         head.client_port = newcomer.client_port
         head.listener = newcomer.listener
         head.hash = newcomer.hash
-        head.heard = head.client_heard = heard
+        head.client_heard = head.target_heard = heard
         head.begun = self._clock
         flow = head.ring
         while flow != head:  # what sending to the client asks of a flow
@@ -820,6 +873,7 @@ cdef class SessionTable:
         flow.stamp = self._stamp
         flow.head = flow.ring = flow
         flow.slot = -1
+        flow.first = -1
         return flow
 
     cdef Flow *_numbered_flow(self, uint32_t number, uint32_t stamp) noexcept nogil:
@@ -933,8 +987,10 @@ cdef class SessionTable:
                 return number
         flow.fd = fd
         flow.source_port = 0
+        flow.overflow = 0
         flow.target = <uint16_t>place
         target.flows += 1
+        self._sockets += 1
         return 0
 
     cdef void _detach(self, Flow *flow) noexcept nogil:
@@ -948,6 +1004,7 @@ cdef class SessionTable:
             self._leave_port(target, flow.fd)
             close(flow.fd)
         flow.fd = -1
+        self._sockets -= 1
         target.flows -= 1
         self._release_target(flow.target)
 
@@ -965,6 +1022,7 @@ cdef class SessionTable:
             return -errno
         # What can't be had of these is done without.
         setsockopt(fd, SOL_UDP, UDP_GRO, &one, sizeof(int))
+        setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &one, sizeof(int))
         setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(int))
         if target.address.sin6_family == AF_INET6:
             setsockopt(fd, IPPROTO_IPV6, IPV6_RECVTCLASS, &one, sizeof(int))
@@ -1055,7 +1113,10 @@ cdef class SessionTable:
         """Return when a session is over if nothing more is heard."""
         cdef Generation *generation = &self._generations[flow.generation]
         cdef uint64_t patience = generation.idle if flow.answered else generation.unanswered
-        cdef uint64_t deadline = flow.heard + patience
+        cdef uint64_t deadline
+        if flow.let_go:
+            patience = min(patience, <uint64_t>CONFIRM)
+        deadline = _heard(flow) + patience
         if patience >= COARSE:  # so that quiet sessions wake nobody more than once a second
             deadline = (deadline + 999) // 1000 * 1000
         if flow.gone_since:
@@ -1178,7 +1239,7 @@ cdef class SessionTable:
         ports[3] = htole16(flow.source_port)
         numbers[0] = htole32(flow.scope)
         numbers[1] = htole32(address.sin6_scope_id if address.sin6_family == AF_INET6 else 0)
-        numbers[2] = htole32(<uint32_t>min(self._clock - flow.heard, <uint64_t>0xFFFFFFFF))
+        numbers[2] = htole32(<uint32_t>min(self._clock - _heard(flow), <uint64_t>0xFFFFFFFF))
         target_number = htole16(target_number)
         memcpy(record, &flow.client, 16)
         memcpy(record + 16, &flow.local, 16)
@@ -1197,7 +1258,7 @@ cdef class SessionTable:
     ):
         """Begin a session that an earlier process had; ``port`` is its upstream source port."""
         cdef Newcomer newcomer
-        cdef uint64_t quiet = <uint64_t>(min(max(idle, 0.0), LONGEST) * 1000)
+        cdef uint64_t quiet = _milliseconds(idle)
         self._require_open()
         if len(client) != 18 or len(local) != 16 or len(header) > HEADER_ROOM:
             raise ValueError("client, local or header has the wrong size")

@@ -133,7 +133,7 @@ cdef extern from * nogil:
     int epoll_ctl(int, int, int, epoll_event *)
     int epoll_wait(int, epoll_event *, int, int)
     int epoll_wait_precisely(int, epoll_event *, int, const timespec *)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
     uint32_t EPOLLIN, EPOLLERR
     struct timespec:
         long tv_sec
@@ -181,6 +181,14 @@ cdef inline bint _is_mapped(const Ip *ip) noexcept nogil:
     cdef uint32_t part
     memcpy(&part, data + 8, 4)
     return ip.high == 0 and part == <uint32_t>0xFFFF0000
+
+
+cdef inline void _without_address(in6_pktinfo *info) noexcept nogil:
+    """Make the address the unspecified one of its family."""
+    if _is_mapped(<Ip *>&info.ipi6_addr):
+        memset(<uint8_t *>&info.ipi6_addr + 12, 0, 4)
+    else:
+        memset(&info.ipi6_addr, 0, 16)
 
 
 cdef inline void *_control(

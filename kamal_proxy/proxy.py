@@ -127,6 +127,7 @@ class Proxy:
                 bind=options.bind,
                 default_port=options.udp_port,
                 http_probe=HttpProbe(poller),
+                interrupt=poller.fileno(),
                 metrics=self._metrics,
             )
             restored, udp_restored = services.restore(), udp.restore()

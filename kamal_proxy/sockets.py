@@ -58,6 +58,10 @@ class Poller:
         """Return how many streams are open."""
         return len(self._streams)
 
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when some stream is ready."""
+        return self._epoll.fileno()
+
     def open_stream(self, sock: socket.socket) -> SocketStream:
         """Take over a connected, or connecting, socket."""
         sock.setblocking(False)

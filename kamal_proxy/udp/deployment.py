@@ -16,9 +16,9 @@ import trio
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.health import Health, ProbeResult, TargetState
 from kamal_proxy.probing import Watch
-from kamal_proxy.udp.affinity import choose, seed_of
+from kamal_proxy.udp.affinity import affinity_key, choose, seed_of
 from kamal_proxy.udp.drains import DrainPlan
-from kamal_proxy.udp.names import LookupFailedError, TargetName
+from kamal_proxy.udp.names import LookupFailedError, SocketAddress, TargetName
 from kamal_proxy.udp.options import split_udp_target
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
     from kamal_proxy._fastpath import Relay
     from kamal_proxy.logs import Log
-    from kamal_proxy.udp.names import SocketAddress
     from kamal_proxy.udp.options import UdpHealthCheckOptions, UdpOptions
 
 _ENDED_AT_ONCE = 200  # sessions; closing their sockets takes about a millisecond
 _AVOIDED = 1.0  # seconds for which a target that refused is the last choice
+_LOOK_INTERVAL = 1.0  # seconds
+_SILENCE = 2.0  # seconds that a target does not answer somebody who talks
+_MOVED_AT_ONCE = 200
 _MANY_REFUSALS = 3
 _REFUSAL_SPAN = 1.0  # seconds
 UNANSWERED = 30.0  # seconds at most for which a session lives that no target has answered
@@ -50,7 +52,10 @@ class UdpTarget:
         alone: Whether it is the only target; such a one is never taken out of rotation.
         forced: Whether it may serve before its first probe succeeded.
         seed: What it is hashed by.
-        number: What the relay knows its present address by; None until it is known.
+        current: The address that new sessions go to; None until one is known.
+        number: What the relay knows this address by.
+        former: What it knows earlier addresses by that still have sessions.
+        place: Which of its name's addresses is used; the next one after a refusal.
         refused_at: When its port was last found closed, on Trio's clock.
     """
 
@@ -62,7 +67,10 @@ class UdpTarget:
     alone: bool
     forced: bool
     seed: int
+    current: SocketAddress | None = None
     number: int | None = None
+    former: list[int] = attrs.field(factory=list)
+    place: int = 0
     refused_at: float | None = None
 
     @property
@@ -95,6 +103,7 @@ class UdpDeployment:
         relay: The service's relay.
         probe: Probes one target; it has its own time limit and never raises.
         lookups: Bounds the threads that wait for the name service.
+        is_own: Whether an address is where the service itself listens.
         secret: 64 bits that all choices of the service share.
         log: Where changes of health and address are logged.
         trusted: Whether the targets count as healthy at once (restored after a restart).
@@ -109,6 +118,7 @@ class UdpDeployment:
         *,
         probe: Callable[[UdpTarget, UdpHealthCheckOptions], Awaitable[ProbeResult]],
         lookups: trio.CapacityLimiter,
+        is_own: Callable[[SocketAddress], bool],
         secret: int,
         log: Log,
         trusted: bool = False,
@@ -117,6 +127,7 @@ class UdpDeployment:
         names = tuple(targets)
         self._relay = relay
         self._probe_target = probe
+        self._is_own = is_own
         self._secret = secret
         self._log = log
         self._plan = _ENDING
@@ -125,6 +136,7 @@ class UdpDeployment:
         self._drained = trio.Event()
         self._result = DrainResult()
         self._cut = 0
+        self._removed = False
         #: Whether it has ever served new sessions.
         self.served = False
         sessions = options.sessions
@@ -193,6 +205,7 @@ class UdpDeployment:
                     refresh = partial(self._use_address, target)
                     nursery.start_soon(target.address.keep_fresh, self._log, refresh)
                 nursery.start_soon(self.watch.run)
+                nursery.start_soon(self._look_after_stuck)
                 await self._retired.wait()
                 nursery.cancel_scope.cancel(reason="retired")
             await self._drain()
@@ -214,6 +227,12 @@ class UdpDeployment:
         """How its drain ended, once that is over."""
         return self._result
 
+    def end_now(self) -> None:
+        """End all sessions, because the service was removed."""
+        self.retire()
+        self._removed = True
+        self._empty.set()
+
     async def wait_drained(self) -> DrainResult:
         """Wait until the drain of a retired deployment is over."""
         await self._drained.wait()
@@ -225,13 +244,23 @@ class UdpDeployment:
             self._empty.set()
 
     def hand_over(self, successor: UdpDeployment) -> None:
-        """Give the sessions of targets that a successor has too to it; they are not drained."""
+        """Give the sessions of targets that a successor has too to it; they are not drained.
+
+        Not if it treats sessions in another way, or listens on another port.
+        """
+        mine, theirs = self.options, successor.options
+        if (mine.port, mine.sessions.affinity, mine.sessions.proxy_protocol) != (
+            theirs.port,
+            theirs.sessions.affinity,
+            theirs.sessions.proxy_protocol,
+        ):
+            return
         common: dict[int, int] = {}
         for target in self.targets:
             for other in successor.targets:
                 if (
                     other.text == target.text
-                    and other.address.addresses[:1] == target.address.addresses[:1]
+                    and other.current == target.current
                     and target.number is not None
                     and other.number is not None
                 ):
@@ -253,14 +282,34 @@ class UdpDeployment:
         """Return what the relay knows all targets by whose address is known."""
         return tuple(target.number for target in self.targets if target.number is not None)
 
-    def refused(self, number: int) -> UdpTarget | None:
-        """Take note that the port of an address is closed; return the target that has it now."""
+    @property
+    def address_count(self) -> int:
+        """How many addresses all targets have together."""
+        return sum(max(1, len(target.address.addresses)) for target in self.targets)
+
+    def refused(self, number: int, *, answered: bool) -> None:
+        """Take note that the port of an address is closed.
+
+        Args:
+            number: What the relay knows the address by.
+            answered: Whether the session that was refused has ever been answered.
+        """
         for target in self.targets:
             if target.number == number:
-                target.refused_at = trio.current_time()
                 target.address.poke()
-                return target
-        return None
+                if not answered and len(target.address.addresses) > 1:
+                    # A server may listen on one of its addresses only, as on 127.0.0.1 and not ::1.
+                    target.place += 1
+                    self._use_address(target)
+                else:
+                    target.refused_at = trio.current_time()
+
+    def may_follow(self, number: int) -> bool:
+        """Return whether a new session may go where another one of its client is."""
+        return any(
+            target.number == number and target.in_rotation and not target.refused_lately
+            for target in self.targets
+        )
 
     def gives_up(self, number: int, *, patient: bool, refusals: int, span: float) -> bool:
         """Return whether a session leaves an address whose port is closed.
@@ -284,11 +333,20 @@ class UdpDeployment:
 
     def _use_address(self, target: UdpTarget) -> None:
         """Let new sessions go to the target's present address; live ones stay where they are."""
-        before = target.number
-        if target.address.addresses:
-            target.number = self._add(target.address.addresses[0])
+        found = target.address.addresses
+        address = found[target.place % len(found)] if found else None
+        if address == target.current:
+            return
+        if address is not None and self._is_own(address):
+            # Each datagram would come back as that of a new client, without end.
+            address = None
+        before, target.current, target.number = target.number, address, None
+        if address is not None:
+            target.number = self._add(address)
         if before is not None:
-            self._relay.drop_target(before)
+            target.former.append(before)
+            # Sessions without affinity know all addresses from their begin.
+            self._relay.let_go(self.generation)
 
     def _add(self, address: SocketAddress) -> int:
         host, port, *rest = address
@@ -301,12 +359,41 @@ class UdpDeployment:
         """
         for target in self.targets:
             if target.text == name:
-                if target.number is None:
-                    target.number = self._add(address)
-                    return target.number
-                now = target.address.addresses or (address,)
-                return target.number if now[0][:2] == address[:2] else None
+                if target.current is None:
+                    target.current, target.number = address, self._add(address)
+                return target.number if target.current[:2] == address[:2] else None
         return None
+
+    async def _look_after_stuck(self) -> None:
+        """Move sessions away from where nobody answers any more, without being told so by ICMP.
+
+        Only from targets that are unhealthy and from addresses that a name no longer stands for:
+        elsewhere a client may talk to a silent server for as long as it likes.
+        """
+        while True:
+            await trio.sleep(_LOOK_INTERVAL)
+            for target in self.targets:
+                for number in tuple(target.former):
+                    if self._relay.flows_to(number):
+                        self._move_stuck(number)
+                    else:
+                        target.former.remove(number)
+                        self._relay.drop_target(number)
+                if target.number is not None and target.health.state is TargetState.UNHEALTHY:
+                    self._move_stuck(target.number)
+
+    def _move_stuck(self, number: int) -> None:
+        stuck = self._relay.stuck(self.generation, number, _SILENCE, _MOVED_AT_ONCE)
+        for session, client, local in stuck:
+            key = affinity_key(self.options.sessions.strategy, client, local)
+            chosen = self.choose(key, without=number)
+            if chosen is None or chosen.number is None:
+                return
+            try:
+                self._relay.move(session, self.generation, chosen.number)
+            except OSError as error:
+                self._log.debug("UDP session not moved", target=chosen.text, error=str(error))
+                return
 
     async def _probe(self, target: UdpTarget, options: UdpHealthCheckOptions) -> ProbeResult:
         """Probe a target; one whose name stands for nothing can't be healthy."""
@@ -314,10 +401,12 @@ class UdpDeployment:
             result = None
             with trio.move_on_after(options.timeout):
                 result = await self._resolve(target)
+            if target.address.addresses and target.number is None:
+                return ProbeResult(False, "this is the service's own port", f"udp://{target.text}")
             if target.number is None:
                 return result or ProbeResult(False, f"can't resolve {target.host} in time", "")
         result = await self._probe_target(target, options)
-        if not self.retired:
+        if not self.retired and target.number is not None:
             self._relay.set_down(target.number, not result.ok)
         return result
 
@@ -333,16 +422,19 @@ class UdpDeployment:
 
     async def _drain(self) -> None:
         sessions = self._relay.sessions(self.generation)
-        self._relay.retire(self.generation)
+        self._relay.let_go(self.generation)
         self.notice_empty()
         with trio.move_on_after(self._plan.cut_after):
             await self._empty.wait()
         while left := self._relay.sessions(self.generation):
-            self._cut += left - self._relay.end_some(self.generation, _ENDED_AT_ONCE)
+            self._cut += left - self._relay.end_some(
+                self.generation, _ENDED_AT_ONCE, removed=self._removed
+            )
             await trio.lowlevel.checkpoint()
         self._result = DrainResult(max(0, sessions - self._cut), self._cut)
         self._drained.set()
         self._relay.drop_generation(self.generation)
         for target in self.targets:
-            if target.number is not None:
-                self._relay.drop_target(target.number)
+            for number in (target.number, *target.former):
+                if number is not None:
+                    self._relay.drop_target(number)

@@ -85,13 +85,16 @@ class UdpMetrics:
 
     def _counters(self, kind: str) -> _Rows:
         totals = self._kept.copy()
-        for service in self._services():
+        for service in self._serving():
             totals.update(dict(_read(service)))
         return [(series[1:], count) for series, count in totals.items() if series[0] == kind]
 
+    def _serving(self) -> Iterator[UdpService]:
+        return (service for service in self._services() if service.served)
+
     def _sessions(self) -> _Rows:
         rows: _Rows = []
-        for service in self._services():
+        for service in self._serving():
             active = service.active.in_flight if service.active is not None else 0
             rows.append(((service.name, "active"), active))
             rows.append(((service.name, "draining"), service.relay.live - active))
@@ -100,7 +103,7 @@ class UdpMetrics:
     def _health(self) -> _Rows:
         return [
             ((service.name, target.text), int(target.health.state is TargetState.HEALTHY))
-            for service in self._services()
+            for service in self._serving()
             if service.active is not None
             for target in service.active.targets
         ]

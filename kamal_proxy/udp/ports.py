@@ -20,11 +20,12 @@ from kamal_proxy.errors import ListenError
 from kamal_proxy.listeners import privilege_hint, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from kamal_proxy.udp.names import SocketAddress
 
 BUFFER_SIZE = 4 * 1024 * 1024  # bytes asked for, in each direction
+_MOST_RESERVED = 20_000
 RESERVED_DESCRIPTORS = 100  # for listeners, probes, the admin API, the saved state
 
 # Linux has these, and Python 3.11 no names for them (asm-generic/socket.h, in.h, in6.h, udp.h).
@@ -43,7 +44,9 @@ _MAX_DESCRIPTORS = 30_000
 _MAX_DESCRIPTORS_EACH = 1_000  # a listener is among the first that a process opens
 
 
-def listen_udp(addresses: Sequence[str], port: int) -> list[socket.socket]:
+def listen_udp(
+    addresses: Sequence[str], port: int, *, tell_owner: bool = True
+) -> list[socket.socket]:
     """Bind a UDP listener on each address; after a failure none is bound.
 
     The sockets are IPv6 ones where the host has IPv6; IPv4 addresses are bound, and told by the
@@ -55,6 +58,8 @@ def listen_udp(addresses: Sequence[str], port: int) -> list[socket.socket]:
         addresses: IP addresses; none means all, IPv4 and IPv6. ``::`` means all of IPv6 only, as
             for :func:`kamal_proxy.listeners.listen_tcp`.
         port: Port; for 0 the kernel chooses one for the first address, and the others follow.
+        tell_owner: Whether to look for the owner of a port that is taken, which blocks for up to
+            0.2 s.
 
     Raises:
         ListenError: naming the address, and the owner of a port that is taken.
@@ -62,14 +67,14 @@ def listen_udp(addresses: Sequence[str], port: int) -> list[socket.socket]:
     with contextlib.ExitStack() as stack:
         bound = []
         for address in addresses or ("",):
-            sock = stack.enter_context(_listen(address, port))
+            sock = stack.enter_context(_listen(address, port, tell_owner=tell_owner))
             bound.append(sock)
             port = sock.getsockname()[1]
         stack.pop_all()
     return bound
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def _listen(address: str, port: int, *, tell_owner: bool) -> socket.socket:
     name = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     try:
         family, where = _listen_address(address, port)
@@ -86,7 +91,7 @@ def _listen(address: str, port: int) -> socket.socket:
         sock.close()
         hint = privilege_hint(error, port)
         host = str(where[0]) if address else ""
-        if error.errno == errno.EADDRINUSE and (owner := owner_of(port, host)):
+        if tell_owner and error.errno == errno.EADDRINUSE and (owner := owner_of(port, host)):
             hint = f" by {owner}"
         raise ListenError(f"listen udp {name}: bind: {reason(error)}{hint}") from error
     return sock
@@ -132,23 +137,26 @@ def _raise_buffer(sock: socket.socket, option: int, force: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_SIZE)
 
 
-def is_own(addresses: Iterable[SocketAddress], listening: Sequence[str]) -> bool:
-    """Return whether something that is sent to an address arrives at our own listeners.
+def is_own(address: SocketAddress, listening: Sequence[str]) -> bool:
+    """Return whether what is sent to an address of that port arrives at our own listeners.
 
     Args:
-        addresses: Where it is sent to, of which the first counts.
+        address: Where it is sent to.
         listening: The addresses of the listeners; none means all.
     """
-    for address in addresses:
-        if listening:
-            return address[0] in listening
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.bind((address[0], 0, *address[2:]))
-            except OSError:
-                return False  # it is none of this host's
+    wanted = ip_address(address[0].partition("%")[0])
+    bound = [ip_address(text.partition("%")[0]) for text in listening]
+    if bound and not any(
+        each == wanted or (each.is_unspecified and each.version == wanted.version) for each in bound
+    ):
+        return False
+    if wanted.is_loopback:
         return True
+    # Whoever sends to an address of this host does so from the same address.
+    family = socket.AF_INET6 if wanted.version == 6 else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)
+        return bool(sock.getsockname()[0] == address[0])
     return False
 
 
@@ -268,6 +276,18 @@ def available_descriptors(wanted: int, *, keep: int = RESERVED_DESCRIPTORS) -> i
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
     return max(0, soft - keep) if _is_less(soft, needed) else wanted
+
+
+def kept_descriptors() -> int:
+    """Return how many file descriptors are kept from UDP sessions, which strangers can open.
+
+    HTTP connections, their targets and the admin API need some too: a quarter of what the process
+    may have, but not more than all of them together are likely to.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return _MOST_RESERVED
+    return max(RESERVED_DESCRIPTORS, min(hard // 4, _MOST_RESERVED))
 
 
 def _is_less(limit: int, needed: int) -> bool:

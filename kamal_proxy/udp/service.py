@@ -11,7 +11,6 @@ import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv6Address
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import attrs
@@ -34,17 +33,15 @@ if TYPE_CHECKING:
     from kamal_proxy.udp.options import UdpOptions
 
 # How long datagrams are moved before other tasks have their turn. Long turns save the way through
-# the event loop with cold caches, some 7 % of all work under load; they are taken while nobody else
-# has anything to do, which shows by how fast the other tasks' turn is over.
-_SHORT_TURN = 1  # milliseconds
+# the event loop with cold caches, some 5 % of all work under load. They end when a stream of the
+# proxy becomes ready; the relay of another UDP service can't end them.
 _LONG_TURN = 8  # milliseconds
-_IDLE_LOOP = 250e-6  # seconds
+_SHORT_TURN = 1
 _TELL_INTERVAL = 10.0  # seconds
 # The kernel chooses a source port once per host, not once per target: some 28,000 in all. Above
 # half of that the relay chooses them itself.
 _MANY_SESSIONS = 14_000
 _RESTORED_AT_ONCE = 100
-_ENDED_AT_ONCE = 200
 _MODES = ("running", "paused", "stopped")  # as the relay counts them
 
 # No socket could be had: ending a session that nobody has answered makes room for one.
@@ -82,6 +79,9 @@ class UdpService:
         seed: 16 random bytes; they keep strangers from filling one bucket of the table of sessions.
         on_drained: Called with itself and each deployment whose drain is over.
         source_ports: Upstream source ports for services with many sessions.
+        interrupt: A descriptor that is readable when something else in the process is to be done.
+        is_alone: Whether it is the only UDP service.
+        has_room: Whether so many more upstream sockets may be opened.
         log: Where is said what was shed.
     """
 
@@ -92,10 +92,16 @@ class UdpService:
         *,
         on_drained: Callable[[UdpService, UdpDeployment], None],
         source_ports: SourcePorts,
+        interrupt: int,
+        is_alone: Callable[[], bool],
+        has_room: Callable[[int], bool],
         log: Log,
     ) -> None:
         self.name = name
         self.relay = Relay(seed)
+        self.relay.interrupt_by(interrupt)
+        self._is_alone = is_alone
+        self._has_room = has_room
         #: 64 bits that all choices of targets share; the same again after a restart.
         self.secret = seed_of(name)
         self._on_drained = on_drained
@@ -108,12 +114,16 @@ class UdpService:
         self._started = trio.Event()
         self._moving = trio.Event()
         self._last_sessions: ServiceSessions | None = None
+        #: Sessions of an earlier process that can't be restored yet.
+        self.waiting_sessions: ServiceSessions | None = None
         #: Its deployments that were not drained yet, by the relay's number of their generation.
         self.deployments: dict[int, UdpDeployment] = {}
         #: The deployment that serves new sessions; None until the first deploy has switched.
         self.active: UdpDeployment | None = None
         self.pause = SavedPause()
         self.options: UdpOptions | None = None
+        #: Whether it has ever served anybody.
+        self.served = False
         self.extra: Mapping[str, object] = {}
 
     def __repr__(self) -> str:
@@ -141,6 +151,7 @@ class UdpService:
 
     def start_moving(self) -> None:
         """Move datagrams from now on; until then they wait in the listeners' buffers."""
+        self.waiting_sessions = None
         self._moving.set()
 
     def close(self) -> None:
@@ -190,7 +201,7 @@ class UdpService:
     def install(self, deployment: UdpDeployment, options: UdpOptions) -> UdpDeployment | None:
         """Let a deployment serve new sessions; return the one that did."""
         replaced, self.active, self.options = self.active, deployment, options
-        deployment.served = True
+        self.served = deployment.served = True
         if replaced is not None:
             replaced.hand_over(deployment)
         self.relay.limit = options.sessions.limit
@@ -198,17 +209,18 @@ class UdpService:
             self.relay.use_ports(self._source_ports)
         return replaced
 
-    async def uninstall(self) -> None:
+    def uninstall(self) -> None:
         """Serve nobody any more: all sessions end. A deployment that waits for health may stay."""
         self.relay.mode = _MODES.index("stopped")
         self.active = self.options = None
-        for generation, deployment in tuple(self.deployments.items()):
-            if not deployment.served:
-                continue
-            while self.relay.end_some(generation, _ENDED_AT_ONCE, removed=True):
-                await trio.lowlevel.cancel_shielded_checkpoint()
-            deployment.retire()
-            deployment.notice_empty()
+        for deployment in self.deployments.values():
+            if deployment.served:
+                deployment.end_now()
+
+    def end_sessions(self) -> None:
+        """End all sessions at once; the service is closed next."""
+        for generation in self.deployments:
+            self.relay.end_some(generation, self.relay.live, removed=True)
 
     def hold(self, pause: SavedPause) -> None:
         """Pause, stop or resume it."""
@@ -218,15 +230,18 @@ class UdpService:
     # Moving datagrams
 
     async def _move_datagrams(self) -> None:
-        relay, turn, shed = self.relay, _SHORT_TURN, 0
+        relay, shed = self.relay, 0
         while True:
             await trio.lowlevel.wait_readable(relay.fileno())
             while True:
-                result = relay.run(turn)
+                result = relay.run(_LONG_TURN if self._is_alone() else _SHORT_TURN)
                 if result & RUN_NEWCOMERS:
                     self._admit_newcomers()
                 if result & RUN_REFUSED:
-                    self._look_at_refusals()
+                    try:
+                        self._look_at_refusals()
+                    except Exception as error:  # a bug must cost a move, not the proxy
+                        self._tell("UDP session not moved", error=repr(error))
                 if relay.shed != shed:
                     shed = relay.shed
                     self._tell("UDP sessions shed", reason="session_limit", limit=relay.limit)
@@ -235,9 +250,7 @@ class UdpService:
                         deployment.notice_empty()
                 if not result & RUN_MORE:
                     break
-                ended = perf_counter()
                 await trio.lowlevel.checkpoint()
-                turn = _LONG_TURN if perf_counter() - ended < _IDLE_LOOP else _SHORT_TURN
 
     def _admit_newcomers(self) -> None:
         for number, _, client, local in self.relay.newcomers():
@@ -264,6 +277,10 @@ class UdpService:
             self._tell("UDP sessions shed", reason="no_target")
             return
         header = _proxy_header(client, local) if options.proxy_protocol else b""
+        if not self._has_room(len(targets)) and not relay.evict():
+            relay.refuse(number, "no_socket")
+            self._tell("UDP sessions shed", reason="no_socket", error="too many open files")
+            return
         for attempt in range(2):
             try:
                 relay.admit(number, generation, targets, header)
@@ -288,8 +305,7 @@ class UdpService:
             if followed is not None:
                 generation, target = followed
                 deployment = self.deployments.get(generation)
-                # An address that the target's name no longer stands for takes no new session.
-                if deployment is not None and target in deployment.all_numbers():
+                if deployment is not None and deployment.may_follow(target):
                     return generation, (target,)
         chosen = active.choose(affinity_key(strategy, client, local))
         numbers = () if chosen is None or chosen.number is None else (chosen.number,)
@@ -301,9 +317,9 @@ class UdpService:
             deployment = self.deployments.get(generation)
             if deployment is None or self.active is None:
                 continue
-            deployment.refused(number)
-            # One that was never answered asks each target once before it becomes patient.
-            patient = answered or moves >= len(deployment.targets)
+            deployment.refused(number, answered=answered)
+            # One that was never answered asks each address once before it becomes patient.
+            patient = answered or moves >= deployment.address_count
             if not affinity or not deployment.gives_up(
                 number, patient=patient, refusals=count, span=span
             ):
@@ -366,10 +382,13 @@ class UdpService:
     def sessions(self) -> ServiceSessions:
         """Return the sessions that a restarted proxy goes on with: those of the active targets.
 
-        Once the service has ended, those that it had then.
+        Once the service has ended, those that it had then; as long as it has no port after a
+        restart, those that wait for it.
         """
         if self._last_sessions is not None:
             return self._last_sessions
+        if self.waiting_sessions is not None:
+            return self.waiting_sessions
         assert self.active is not None
         names = self.active.target_names
         numbers = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -24,14 +25,18 @@ from kamal_proxy.errors import (
     ShuttingDownError,
     StateError,
 )
-from kamal_proxy.health import ProbeResult
 from kamal_proxy.listeners import reason
 from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
 from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment, UdpTarget
 from kamal_proxy.udp.drains import plan_drain
 from kamal_proxy.udp.metrics import UdpMetrics
-from kamal_proxy.udp.ports import available_descriptors, is_own, listen_udp
+from kamal_proxy.udp.ports import (
+    available_descriptors,
+    is_own,
+    kept_descriptors,
+    listen_udp,
+)
 from kamal_proxy.udp.probe import probe_for
 from kamal_proxy.udp.saved_sessions import SessionsFormatError, decode, encode
 from kamal_proxy.udp.service import Listening, UdpService
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kamal_proxy.control.messages import Event, ServiceDescription
+    from kamal_proxy.health import ProbeResult
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
     from kamal_proxy.options import PauseOptions, StopOptions
@@ -87,6 +93,7 @@ class UdpServices:
         bind: Addresses to listen on; none means all.
         default_port: Port of a service that states none.
         http_probe: Probes a target over HTTP.
+        interrupt: A descriptor that is readable when something else than UDP is to be done.
         metrics: Counts probes and deploys, and shows the sessions.
     """
 
@@ -99,6 +106,7 @@ class UdpServices:
         bind: Sequence[str],
         default_port: int,
         http_probe: HttpProbe,
+        interrupt: int,
         metrics: Metrics,
     ) -> None:
         self._state = state
@@ -107,6 +115,7 @@ class UdpServices:
         self._bind = bind
         self._default_port = default_port
         self._http_probe = http_probe
+        self._interrupt = interrupt
         self._metrics = metrics
         self._commit = trio.Lock()
         # A thread of their own, as the HTTP services' state has one.
@@ -119,8 +128,9 @@ class UdpServices:
         self._nursery: trio.Nursery | None = None
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
         self._saved_mark: tuple[object, object] = ([], [])  # nothing is saved of no service
+        self._room = 0  # upstream sockets that all services may have
         self._source_ports = SourcePorts(*_port_range())
-        self._counters = UdpMetrics(metrics, self._installed.values)
+        self._counters = UdpMetrics(metrics, self._running.values)
 
     # Starting and stopping
 
@@ -156,9 +166,14 @@ class UdpServices:
     async def _restore_service(
         self, saved: SavedUdpService, sessions: dict[str, tuple[ServiceSessions, float]]
     ) -> None:
-        service = await self._get_running(saved.name)
+        try:
+            service = await self._get_running(saved.name)
+        except ListenError as error:
+            self._log.error("UDP service not restored", service=saved.name, error=str(error))
+            return
         service.extra = saved.extra
         service.hold(saved.pause)
+        self._check_descriptors(saved.name, saved.options, len(saved.targets))
         deployment = self._new_deployment(service, saved.targets, saved.options, trusted=True)
         service.start(deployment)
         service.install(deployment, saved.options)
@@ -168,24 +183,42 @@ class UdpServices:
         except (ListenError, PortConflictError) as error:
             # A port that is taken must not keep the other services, and HTTP, from serving.
             self._log.error("UDP service can't listen yet", service=saved.name, error=str(error))
-            self._require_nursery().start_soon(self._listen_later, saved.options.port, service)
+            listen_later = partial(self._listen_later, saved.options.port, service, sessions)
+            self._require_nursery().start_soon(listen_later)
         else:
-            # Before the first datagram: its client would get a new session, from a new port.
-            if saved.name in sessions:
-                found, away = sessions[saved.name]
-                count, lost = await service.restore(found, away)
-                self._log.info("UDP sessions restored", service=saved.name, count=count, lost=lost)
+            await self._begin_restored(service, sessions)
+
+    async def _begin_restored(
+        self, service: UdpService, sessions: dict[str, tuple[ServiceSessions, float]]
+    ) -> None:
+        """Go on with the sessions of an earlier process, then with everything else.
+
+        Before the first datagram: its client would get a new session, from a new port.
+        """
+        if service.name in sessions:
+            found, saved_at = sessions[service.name]
+            count, lost = await service.restore(found, max(0.0, time.time() - saved_at))
+            self._log.info("UDP sessions restored", service=service.name, count=count, lost=lost)
         service.start_moving()
 
-    async def _listen_later(self, port: int, service: UdpService) -> None:
-        while self._installed.get(service.name) is service and port not in service.ports:
+    async def _listen_later(
+        self,
+        port: int,
+        service: UdpService,
+        sessions: dict[str, tuple[ServiceSessions, float]],
+    ) -> None:
+        if service.name in sessions:
+            service.waiting_sessions, _ = sessions[service.name]
+        while True:
             await trio.sleep(_LISTEN_AGAIN)
             # It may have been removed, or deployed with another port, meanwhile.
             if self._installed.get(service.name) is not service or service.ports:
                 return
             with contextlib.suppress(ListenError, PortConflictError):
-                self._bind_port(port, service)
+                self._bind_port(port, service, tell_owner=False)
                 self._log.info("UDP service listens", service=service.name, port=port)
+                await self._begin_restored(service, sessions)
+                return
 
     # Deploying
 
@@ -329,8 +362,7 @@ class UdpServices:
             service = self._service(name)
             await self._save(removed=name)
             del self._installed[name]
-            await service.uninstall()
-            self._counters.keep(service)
+            service.uninstall()
             if name not in self._pending_users:
                 self._end_service(service)
             for port in service.ports:  # a deploy that goes on keeps its port bound
@@ -423,6 +455,9 @@ class UdpServices:
                     os.urandom(16),
                     on_drained=self._drained,
                     source_ports=self._source_ports,
+                    interrupt=self._interrupt,
+                    is_alone=lambda: len(self._running) == 1,
+                    has_room=self._has_room,
                     log=self._log,
                 )
             except OSError as error:
@@ -443,6 +478,9 @@ class UdpServices:
 
     def _end_service(self, service: UdpService) -> None:
         """End a service that is not installed; its ports are free at once."""
+        service.end_sessions()
+        if service.served:
+            self._counters.keep(service)
         del self._running[service.name]
         for port in service.ports:
             service.unlisten(port)
@@ -463,7 +501,9 @@ class UdpServices:
                     self._end_service(self._running[name])
 
     @contextlib.contextmanager
-    def _using_port(self, port: int, service: UdpService) -> Iterator[Listening]:
+    def _using_port(
+        self, port: int, service: UdpService, *, tell_owner: bool = True
+    ) -> Iterator[Listening]:
         """Bind a port, if it is not, and keep it as long as somebody needs it.
 
         Raises:
@@ -485,7 +525,7 @@ class UdpServices:
                     [f"service {owner.name} already listens on udp/{port}"],
                 )
         if bound is None:
-            sockets = listen_udp(self._bind, port)
+            sockets = listen_udp(self._bind, port, tell_owner=tell_owner)
             bound = self._ports[port] = _Port(service, Listening(port, sockets))
         user = object()
         bound.users.add(user)
@@ -495,9 +535,9 @@ class UdpServices:
             if self._ports.get(port) is bound:
                 self._release_port(port, user)
 
-    def _bind_port(self, port: int, service: UdpService) -> None:
+    def _bind_port(self, port: int, service: UdpService, *, tell_owner: bool = True) -> None:
         """Bind the port of a service that is installed, and read from it."""
-        with self._using_port(port, service) as listening:
+        with self._using_port(port, service, tell_owner=tell_owner) as listening:
             service.listen(listening)
             self._ports[port].users.add(service.active)
 
@@ -522,7 +562,7 @@ class UdpServices:
             self._close_port(port)
 
     def _check_descriptors(self, name: str, options: UdpOptions, targets: int) -> None:
-        """Warn if the limit of open files allows fewer sessions than the services do."""
+        """Share the file descriptors with everything else; warn if they are too few."""
         others = [
             service.options
             for service in self._installed.values()
@@ -530,7 +570,8 @@ class UdpServices:
         ]
         each = 1 if options.sessions.affinity else targets
         wanted = options.sessions.limit * each + sum(other.sessions.limit for other in others)
-        available = available_descriptors(wanted)
+        available = available_descriptors(wanted, keep=kept_descriptors())
+        self._room = max(self._room, available)  # also where this deploy comes to nothing
         if available < wanted:
             self._log.warning(
                 "The limit of open files allows fewer UDP sessions than --max-sessions",
@@ -538,6 +579,11 @@ class UdpServices:
                 wanted=wanted,
                 available=available,
             )
+
+    def _has_room(self, sockets: int) -> bool:
+        """Return whether so many more upstream sockets leave enough descriptors to all others."""
+        used = sum(service.relay.sockets for service in self._running.values())
+        return used + sockets <= self._room
 
     def _new_deployment(
         self,
@@ -551,9 +597,6 @@ class UdpServices:
         probe_target = probe_for(options.health_check, lookups=self._lookups, http=self._http_probe)
 
         async def probe(target: UdpTarget, check: UdpHealthCheckOptions) -> ProbeResult:
-            if target.port == options.port and is_own(target.address.addresses, self._bind):
-                # Each datagram would come back as that of a new client, without end.
-                return ProbeResult(False, "this is the service's own port", f"udp://{target.text}")
             result = await probe_target(target, check)
             self._metrics.probe(service.name, result.ok)
             return result
@@ -564,6 +607,7 @@ class UdpServices:
             service.relay,
             probe=probe,
             lookups=self._lookups,
+            is_own=lambda address: address[1] == options.port and is_own(address, self._bind),
             secret=service.secret,
             log=self._log,
             trusted=trusted,
@@ -610,7 +654,7 @@ class UdpServices:
                 content = self._encode_sessions()
                 await trio.to_thread.run_sync(store.save, content, limiter=self._saving)
                 self._saved_mark, told, saved_at = mark, "", trio.current_time()
-            except (StateError, SessionsFormatError) as error:
+            except Exception as error:  # a full disk, no thread to be had: never worth the proxy
                 if str(error) != told:
                     told = str(error)
                     self._log.warning("UDP sessions not saved", error=told)
@@ -645,7 +689,7 @@ class UdpServices:
         return min(UNANSWERED, *timeouts, UNANSWERED)
 
     async def _load_sessions(self) -> dict[str, tuple[ServiceSessions, float]]:
-        """Return the saved sessions by service, with the seconds since they were saved."""
+        """Return the saved sessions by service, with the time when they were saved."""
         if self._store is None:
             return {}
         try:
@@ -658,8 +702,7 @@ class UdpServices:
                 "UDP sessions can't be restored", path=self._store.path, error=str(error)
             )
             return {}
-        away = max(0.0, time.time() - document.saved_at)
-        return {sessions.name: (sessions, away) for sessions in document.services}
+        return {sessions.name: (sessions, document.saved_at) for sessions in document.services}
 
 
 def _port_range() -> tuple[int, int]:

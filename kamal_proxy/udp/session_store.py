@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 
 from kamal_proxy.errors import StateError
@@ -27,6 +28,8 @@ class SessionStore:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         # Always the same name: crashes leave one of them at most, which the next save removes.
+        # The last save may come while a thread is still busy with the one before.
+        self._lock = threading.Lock()
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
 
     def save(self, content: bytes) -> None:
@@ -45,7 +48,8 @@ class SessionStore:
                 f"{MAX_SIZE}"
             )
         try:
-            self._replace(content)
+            with self._lock:
+                self._replace(content)
         except OSError as error:
             raise self._os_error("can't save the UDP sessions to", error) from error
 

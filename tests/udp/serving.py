@@ -63,6 +63,7 @@ PATIENT: dict[str, Any] = {
     "drain_timeout": 0.0,
     "force_kill_timeout": 600.0,
 }
+UNANSWERED = b"?"
 _SESSION_FIELDS = {field.name for field in attrs.fields(SessionOptions)}
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -164,6 +165,8 @@ class Received:
 class Target:
     """A server that answers each datagram with its name, a colon, and the datagram.
 
+    Those that begin with ``UNANSWERED`` it takes without a word.
+
     Attributes:
         name: Its name.
         port: Its port, also while it is dead.
@@ -233,7 +236,7 @@ class Target:
                 self.received.append(Received(payload, source))
                 self._news.set()
                 self._news = trio.Event()
-                if not self.silent:
+                if not self.silent and not payload.startswith(UNANSWERED):
                     await sock.sendto(self.name.encode() + b":" + payload, (LOCALHOST, source))
 
 
@@ -262,10 +265,15 @@ class Client:
         return payload
 
     async def receive(self) -> bytes:
-        """Return the next datagram; it comes from where this client sends to."""
-        payload, source = await self.sock.recvfrom(65536)
-        assert source == self.to, "the reply comes from where the client did not ask"
-        return payload
+        """Return the next datagram; it comes from where this client sends to.
+
+        What comes from another port is meant for somebody who had this client's port before.
+        """
+        while True:
+            payload, source = await self.sock.recvfrom(65536)
+            if source[1] == self.to[1]:
+                assert source == self.to, "the reply comes from where the client did not ask"
+                return payload
 
     async def ask(self) -> str:
         """Send a datagram and return the name of who answered just this one, and first."""
@@ -354,14 +362,13 @@ class World:
 @asynccontextmanager
 async def open_world() -> AsyncIterator[World]:
     """Provide a world for the length of a block; a test that hangs in it fails."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(fail_hanging_test)
-        world = World(nursery)
-        try:
+    with ExitStack() as stack:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail_hanging_test)
+            world = World(nursery)
+            stack.callback(world.close)
             yield world
-        finally:
-            world.close()
-        nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
 
 @attrs.define(eq=False)
@@ -537,6 +544,7 @@ async def open_services(
             bind=bind,
             default_port=8080,
             http_probe=HttpProbe(poller),
+            interrupt=poller.fileno(),
             metrics=metrics,
         )
         async with trio.open_nursery() as running:

@@ -1,0 +1,194 @@
+"""The relay keeps nothing of a session that has ended, and little of one that lives.
+
+``make sanitize`` runs all tests of the relay under AddressSanitizer, and this leak check for long.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kamal_proxy._fastpath import SourcePorts
+from tests.test_fastpath_memory import ROUNDS, SANITIZED, occupied
+from tests.udp.relaying import Client, Driver, driving, open_descriptors, packed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HEADER = bytes(52)
+LOCAL = packed("127.0.0.1")
+EACH = 250  # sessions of one batch that begin in each way
+
+# In a process of its own: what others have freed would be used again and not be counted.
+GROWTH = """
+import resource, socket
+from kamal_proxy._fastpath import Relay
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+def begin(numbers):
+    for number in numbers:
+        client = number.to_bytes(16) + b"\\0\\1"
+        relay.restore(listener, client, 0, bytes(16), generation, target, 0, False, 0.0, bytes(28))
+
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind(("127.0.0.1", 0))
+    relay = Relay(bytes(16), sockets=False)
+    listener = relay.listen(sock.fileno())
+    target = relay.add_target("127.0.0.1", 9)
+    generation = relay.add_generation(60.0, 30.0)
+    begin(range(500))
+    before = resident()
+    begin(range(500, 10500))
+    print(resident() - before)
+    relay.close()
+"""
+
+# What the collector frees may have been cleared before.
+GARBAGE = """
+import gc, socket
+from kamal_proxy._fastpath import Relay, SourcePorts
+
+class Holder:
+    pass
+
+def leave(sock):
+    relay = Relay(bytes(16))
+    relay.use_ports(SourcePorts(20000, 30000))
+    listener = relay.listen(sock.fileno())
+    target = relay.add_target("127.0.0.1", 9)
+    generation = relay.add_generation(60.0, 30.0)
+    for number in range(10):
+        client = number.to_bytes(18)
+        relay.restore(listener, client, 0, bytes(16), generation, target, 0, False, 0.0)
+    holder = Holder()
+    holder.relay, holder.itself = relay, holder
+
+gc.disable()
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind(("127.0.0.1", 0))
+    for _ in range(20):
+        leave(sock)
+    print(gc.collect() >= 20)
+"""
+
+
+def run_alone(program: str) -> str:
+    """Run a program in a process of its own, with this process's package."""
+    path = os.pathsep.join(filter(None, sys.path))
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert result.returncode == 0, f"it ended with {result.returncode}"
+    return result.stdout
+
+
+def restore(driver: Driver, numbers: Sequence[int], generation: int, target: int) -> None:
+    for number in numbers:
+        client = number.to_bytes(16) + b"\0\1"
+        header = HEADER if number % 2 else b""
+        driver.relay.restore(
+            0, client, 0, LOCAL, generation, target, 0, not number % 3, 0.0, header
+        )
+
+
+def exercise(driver: Driver, clients: list[Client], rounds: int) -> None:
+    """Begin sessions in every way and end them in every way, refused calls included."""
+    for batch in range(1, rounds // EACH + 2):
+        one_batch(driver, clients, range(batch << 32, (batch << 32) + EACH))
+
+
+def one_batch(driver: Driver, clients: list[Client], numbers: range) -> None:
+    relay = driver.relay
+    targets = driver.targets = [relay.add_target("127.0.0.1", 9) for _ in range(3)]
+    former, later = relay.add_generation(60.0, 60.0), relay.add_generation(60.0, 60.0)
+    spread = relay.add_generation(60.0, 60.0, affinity=False)
+    restore(driver, numbers, former, targets[0])
+    with pytest.raises(ValueError, match="already"):
+        restore(driver, numbers[:1], former, targets[0])
+    with pytest.raises(ValueError, match="no such target"):
+        restore(driver, range(1), former, 99)
+    records = relay.export(former, {targets[0]: 1})
+    assert len(records) == len(numbers) * relay.RECORD_SIZE
+    relay.adopt(former, later, {targets[0]: targets[1]})
+    assert relay.end_some(later, EACH // 2) == EACH // 2
+    refuse = partial(relay.refuse, reason="failed")
+    for generation, decide in (
+        (former, driver.admit),
+        (spread, driver.spread),
+        (spread, lambda newcomer: refuse(newcomer.number)),
+        (spread, lambda newcomer: None),
+        (former, driver.admit),
+    ):
+        driver.generation, driver.decide = generation, decide
+        for client in clients:
+            client.say(b"hi")
+            client.say(b"train" * 3, segment=5)
+        driver.turn()
+        relay.end_some(generation, len(clients))
+    relay.let_go(spread)
+    relay.unlisten(0)
+    assert relay.live == 0
+    assert relay.listen(driver.listeners[0].fileno()) == 0
+    for generation in (former, later, spread):
+        relay.drop_generation(generation)
+    for target in targets:
+        relay.drop_target(target)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps what was freed")
+def test_nothing_is_kept_of_sessions() -> None:
+    with driving("127.0.0.1", sockets=False) as driver:
+        driver.header = HEADER
+        clients = [driver.client() for _ in range(8)]
+        exercise(driver, clients, EACH * 10)
+        blocks, memory = occupied()
+        begun = driver.relay.counters()["created"]
+        rounds = max(ROUNDS, EACH * 10)
+        exercise(driver, clients, rounds)
+        blocks_after, memory_after = occupied()
+        assert driver.relay.counters()["created"] - begun >= rounds
+        assert blocks_after - blocks < rounds // 100
+        assert memory_after - memory < 1 << 20
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer keeps what was freed")
+def test_nothing_is_kept_of_relays() -> None:
+    def live(rounds: int) -> None:
+        for _ in range(rounds):
+            with driving("127.0.0.1", sockets=False) as driver:
+                driver.relay.use_ports(SourcePorts(1, 65535))
+                target = driver.relay.add_target("127.0.0.1", 9)
+                restore(driver, range(50), driver.generation, target)
+                driver.decide = lambda newcomer: None
+                driver.client().say(b"undecided")
+                driver.turn()
+
+    live(20)
+    before = open_descriptors()
+    _, memory = occupied()
+    live(max(ROUNDS // 500, 50))
+    _, memory_after = occupied()
+    assert memory_after - memory < 1 << 20
+    assert open_descriptors() == before
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer needs room of its own")
+def test_a_session_takes_little_memory() -> None:
+    each = int(run_alone(GROWTH)) / 10_000
+    assert 100 < each <= 1024, f"{each} bytes"
+
+
+def test_a_relay_may_be_garbage() -> None:
+    assert run_alone(GARBAGE) == "True\n"
