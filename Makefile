@@ -18,7 +18,7 @@ export LEAK_ROUNDS ?= 1000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo run test lint format bench bench-udp sanitize fuzz soak clean
+.PHONY: help build demo demo-udp run test lint format bench bench-udp sanitize fuzz soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +28,9 @@ build: $(BUILT) ## make .venv with the package, its command and the development 
 
 demo: $(BUILT) ## redeploy an application under load and measure it (SWITCHES=5 RATE=200)
 	@$(BIN)/python -m example.demo --switches $(SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
+
+demo-udp: $(BUILT) ## redeploy a UDP server while it is used and measure it (SWITCHES=5 RATE=200)
+	@$(BIN)/python -m example.udp_demo --switches $(SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
 
 run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080)
 	@mkdir -p $(PRIVATE)
@@ -76,7 +79,7 @@ clean: ## remove everything that was built, and the state that make run kept
 	@rm -f kamal_proxy/*.so kamal_proxy/_fastpath.c
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BUILT): pyproject.toml $(wildcard kamal_proxy/*.pyx)
+$(BUILT): pyproject.toml $(wildcard kamal_proxy/*.pyx kamal_proxy/*.pxi)
 	@.ci/check-tools '$(PYTHON)'
 	@echo 'Building $(VENV), which takes about a minute the first time ...'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)

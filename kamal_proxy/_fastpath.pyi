@@ -246,7 +246,8 @@ class Relay:
         Args:
             generation: Whose sessions.
             target: Which target.
-            seconds: For how long the target has been silent when the client last talked.
+            seconds: For how long the client has waited for an answer; it was not silent itself for
+                as long.
             count: How many at most.
 
         Returns:

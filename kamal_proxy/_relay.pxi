@@ -369,6 +369,8 @@ cdef class Relay(SessionTable):
                 self._note_newcomer(number, port, scope, &local, i, size)
                 continue
             flow.client_heard = self._clock
+            if flow.asked <= flow.target_heard:
+                flow.asked = self._clock
             if flow.turn != NULL:
                 self._spread(
                     flow, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i],

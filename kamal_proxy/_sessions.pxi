@@ -89,6 +89,7 @@ cdef struct Flow:
     uint8_t *header
     uint64_t client_heard     # milliseconds: last datagram of the client; of the head
     uint64_t target_heard     # milliseconds: last datagram of the target, or the begin; of the head
+    uint64_t asked            # milliseconds: first datagram of the client that was not answered yet
     int16_t first             # places in the batch that is being worked on, or -1
     int16_t last
     uint32_t refusals         # since the target was last heard
@@ -561,12 +562,14 @@ cdef class SessionTable:
         cdef uint64_t silence = _milliseconds(seconds)
         cdef Flow *flow
         self._require_generation(generation)
+        self._clock = _now()
         found = []
         flow = self._generations[generation].members
         while flow != NULL and <uint32_t>len(found) < count:
             if (
                 flow.target == target and flow.turn == NULL
-                and flow.client_heard >= flow.target_heard + silence
+                and flow.asked > flow.target_heard and self._clock - flow.asked >= silence
+                and self._clock - flow.client_heard < silence
             ):
                 found.append((_number(flow), _client_end(flow), self._local_end(flow)))
             flow = flow.member_next

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _ENDED_AT_ONCE = 200  # sessions; closing their sockets takes about a millisecond
 _AVOIDED = 1.0  # seconds for which a target that refused is the last choice
 _LOOK_INTERVAL = 1.0  # seconds
-_SILENCE = 2.0  # seconds that a target does not answer somebody who talks
+_SILENCE = 5.0  # seconds that a target does not answer somebody who goes on talking
 _MOVED_AT_ONCE = 200
 _MANY_REFUSALS = 3
 _REFUSAL_SPAN = 1.0  # seconds
@@ -54,8 +54,9 @@ class UdpTarget:
         seed: What it is hashed by.
         current: The address that new sessions go to; None until one is known.
         number: What the relay knows this address by.
-        former: What it knows earlier addresses by that still have sessions.
+        numbers: The same for all its addresses that are used, or still have sessions.
         place: Which of its name's addresses is used; the next one after a refusal.
+        switched_at: When that was last changed, on Trio's clock.
         refused_at: When its port was last found closed, on Trio's clock.
     """
 
@@ -69,8 +70,9 @@ class UdpTarget:
     seed: int
     current: SocketAddress | None = None
     number: int | None = None
-    former: list[int] = attrs.field(factory=list)
+    numbers: dict[SocketAddress, int] = attrs.field(factory=dict)
     place: int = 0
+    switched_at: float | None = None
     refused_at: float | None = None
 
     @property
@@ -294,15 +296,18 @@ class UdpDeployment:
             number: What the relay knows the address by.
             answered: Whether the session that was refused has ever been answered.
         """
+        now = trio.current_time()
         for target in self.targets:
             if target.number == number:
                 target.address.poke()
-                if not answered and len(target.address.addresses) > 1:
+                may_switch = target.switched_at is None or now - target.switched_at >= _AVOIDED
+                if not answered and len(target.address.addresses) > 1 and may_switch:
                     # A server may listen on one of its addresses only, as on 127.0.0.1 and not ::1.
+                    target.switched_at = now
                     target.place += 1
                     self._use_address(target)
                 else:
-                    target.refused_at = trio.current_time()
+                    target.refused_at = now
 
     def may_follow(self, number: int) -> bool:
         """Return whether a new session may go where another one of its client is."""
@@ -322,11 +327,10 @@ class UdpDeployment:
         """
         if not patient:
             return True
-        target = next((target for target in self.targets if target.number == number), None)
-        return (
-            target is None
-            or target.health.state is TargetState.UNHEALTHY
-            or (refusals >= _MANY_REFUSALS and span >= _REFUSAL_SPAN)
+        return (refusals >= _MANY_REFUSALS and span >= _REFUSAL_SPAN) or any(
+            target.health.state is TargetState.UNHEALTHY
+            for target in self.targets
+            if number in target.numbers.values()
         )
 
     # Addresses
@@ -340,17 +344,23 @@ class UdpDeployment:
         if address is not None and self._is_own(address):
             # Each datagram would come back as that of a new client, without end.
             address = None
-        before, target.current, target.number = target.number, address, None
+        had = target.number is not None
+        target.current, target.number = address, None
         if address is not None:
-            target.number = self._add(address)
-        if before is not None:
-            target.former.append(before)
+            target.number = self._number(target, address)
+        if had:
             # Sessions without affinity know all addresses from their begin.
             self._relay.let_go(self.generation)
 
-    def _add(self, address: SocketAddress) -> int:
-        host, port, *rest = address
-        return self._relay.add_target(host.partition("%")[0], port, rest[1] if rest else 0)
+    def _number(self, target: UdpTarget, address: SocketAddress) -> int:
+        """Return what the relay knows an address of a target by; it keeps that while it is used."""
+        number = target.numbers.get(address)
+        if number is None:
+            host, port, *rest = address
+            scope = rest[1] if rest else 0
+            number = self._relay.add_target(host.partition("%")[0], port, scope)
+            target.numbers[address] = number
+        return number
 
     def number_of(self, name: str, address: SocketAddress) -> int | None:
         """Return the relay's number for a target if this is its present address.
@@ -360,7 +370,7 @@ class UdpDeployment:
         for target in self.targets:
             if target.text == name:
                 if target.current is None:
-                    target.current, target.number = address, self._add(address)
+                    target.current, target.number = address, self._number(target, address)
                 return target.number if target.current[:2] == address[:2] else None
         return None
 
@@ -373,14 +383,13 @@ class UdpDeployment:
         while True:
             await trio.sleep(_LOOK_INTERVAL)
             for target in self.targets:
-                for number in tuple(target.former):
-                    if self._relay.flows_to(number):
-                        self._move_stuck(number)
-                    else:
-                        target.former.remove(number)
+                is_unhealthy = target.health.state is TargetState.UNHEALTHY
+                for address, number in tuple(target.numbers.items()):
+                    if number != target.number and not self._relay.flows_to(number):
+                        del target.numbers[address]
                         self._relay.drop_target(number)
-                if target.number is not None and target.health.state is TargetState.UNHEALTHY:
-                    self._move_stuck(target.number)
+                    elif number != target.number or is_unhealthy:
+                        self._move_stuck(number)
 
     def _move_stuck(self, number: int) -> None:
         stuck = self._relay.stuck(self.generation, number, _SILENCE, _MOVED_AT_ONCE)
@@ -435,6 +444,5 @@ class UdpDeployment:
         self._drained.set()
         self._relay.drop_generation(self.generation)
         for target in self.targets:
-            for number in (target.number, *target.former):
-                if number is not None:
-                    self._relay.drop_target(number)
+            for number in target.numbers.values():
+                self._relay.drop_target(number)

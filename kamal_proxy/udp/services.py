@@ -183,6 +183,8 @@ class UdpServices:
         except (ListenError, PortConflictError) as error:
             # A port that is taken must not keep the other services, and HTTP, from serving.
             self._log.error("UDP service can't listen yet", service=saved.name, error=str(error))
+            if saved.name in sessions:
+                service.waiting_sessions, _ = sessions[saved.name]
             listen_later = partial(self._listen_later, saved.options.port, service, sessions)
             self._require_nursery().start_soon(listen_later)
         else:
@@ -207,8 +209,6 @@ class UdpServices:
         service: UdpService,
         sessions: dict[str, tuple[ServiceSessions, float]],
     ) -> None:
-        if service.name in sessions:
-            service.waiting_sessions, _ = sessions[service.name]
         while True:
             await trio.sleep(_LISTEN_AGAIN)
             # It may have been removed, or deployed with another port, meanwhile.

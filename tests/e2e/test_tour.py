@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.examples import Example
 
 PAGE = ROOT / "docs" / "tour.md"
-PORTS = ("8080", "9090", "3001", "3002", "3003", "3009")
+PORTS = ("8080", "9090", "3001", "3002", "3003", "3009", "7001", "7002", "7003", "9999")
 LIMIT = 30.0  # seconds for one command
 VARYING = (
     (r'"(time|request_id|client_port)":"[^"]*"', r'"\1":…'),
@@ -116,10 +116,11 @@ def free_ports() -> dict[str, str]:
     random.shuffle(candidates)
     while len(found) < len(PORTS):
         port = candidates.pop()
-        with socket.socket() as sock:
+        with socket.socket() as sock, socket.socket(type=socket.SOCK_DGRAM) as udp:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 sock.bind((LOCALHOST, port))
+                udp.bind((LOCALHOST, port))
             except OSError:
                 continue
         found[PORTS[len(found)]] = str(port)

@@ -56,14 +56,14 @@ if TYPE_CHECKING:
     from kamal_proxy.control.messages import ServiceDescription
     from kamal_proxy.udp.service import UdpService
 
-# A drain that gets no long here: nothing is cut, and the test says when it is over.
+# No drain takes as long: nothing is cut, and what the test does ends it.
 PATIENT: dict[str, Any] = {
     "zero_downtime": True,
     "drain_strategy": "timeout",
     "drain_timeout": 0.0,
     "force_kill_timeout": 600.0,
 }
-UNANSWERED = b"?"
+UNANSWERED = b"?"  # what targets get from such a client they take without a word
 _SESSION_FIELDS = {field.name for field in attrs.fields(SessionOptions)}
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')

@@ -140,6 +140,64 @@ async def test_a_target_in_both_sets_is_not_drained(zero_downtime: bool) -> None
         assert len(set(kept)) == served.count("both"), "their sessions went on"
 
 
+async def test_a_session_is_kept_by_one_deploy_after_the_other() -> None:
+    async with open_services() as room:
+        v1, v2, v3 = (room.target(name) for name in ("v1", "v2", "v3"))
+        await room.deploy("game", v1)
+        client = room.client()
+        assert await client.ask() == "v1"
+        for targets in ((v1, v2), (v3, v1), (v1,), (v2, v3, v1)):
+            assert await room.deploy("game", *targets) == DrainResult()
+            assert await client.ask() == "v1"
+        assert len(v1.sources) == 1
+        # Once it drains, no later deploy takes it back.
+        await room.begin("game", v2)
+        await room.begin("game", v1)
+        assert (room.row("game").in_flight, room.row("game").draining) == (0, 1)
+        assert await client.ask() == "v1"
+        assert len(v1.sources) == 1
+
+
+async def test_a_session_that_is_kept_lives_by_the_new_options() -> None:
+    async with open_services() as room:
+        v1 = room.target("v1")
+        await room.deploy("game", v1, timeout=0.3)
+        client = room.client()
+        assert await client.ask() == "v1"
+        await room.deploy("game", v1, timeout=600)
+        await trio.sleep(0.6)
+        assert await client.ask() == "v1"
+        assert len(v1.sources) == 1
+        await room.deploy("game", v1, timeout=0.3)
+        await until(lambda: room.sessions() == 0)
+        assert room.number("sessions_ended_total", reason="idle") == 1
+
+
+@pytest.mark.parametrize("option", ["proxy_protocol", "affinity"])
+async def test_a_session_that_the_new_options_treat_otherwise_is_drained(option: str) -> None:
+    async with open_services() as room:
+        v1 = room.target("v1")
+        await room.deploy("game", v1, **{option: False})
+        client = room.client()
+        assert await client.ask() == "v1"
+        result = await room.deploy("game", v1, **{option: True})
+        assert result.completed + result.cancelled == 1
+        await client.send()
+        assert (await client.receive()).startswith(b"v1:")
+        assert len(v1.sources) == 2
+
+
+async def test_without_affinity_a_redeploy_of_the_same_targets_loses_nothing() -> None:
+    async with open_services() as room:
+        v1, v2 = room.target("v1"), room.target("v2")
+        await room.deploy("game", v1, v2, affinity=False)
+        client = room.client()
+        assert {await client.ask(), await client.ask()} == {"v1", "v2"}
+        await room.begin("game", v1, v2, affinity=False)
+        for _ in range(3):
+            assert {await client.ask(), await client.ask()} == {"v1", "v2"}
+
+
 # Health
 
 
@@ -264,6 +322,27 @@ async def test_force_waits_for_no_health() -> None:
         assert {await room.client().ask() for _ in range(20)} == {"v1", "v2"}
 
 
+async def test_force_waits_for_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the name can be resolved there is nobody to serve new sessions."""
+    knows = False
+
+    async def resolve(host: str, port: int, *_: object) -> list[tuple[int, tuple[str, int]]]:
+        if not knows:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, (LOCALHOST, port))]
+
+    monkeypatch.setattr(sockets, "resolve", resolve)
+    async with open_services() as room:
+        v1, client = room.target("v1"), room.client()
+        await room.deploy("game", f"game-1:{v1.port}", force=True)
+        await client.send()
+        await until(lambda: room.number("dropped_datagrams_total", reason="no_target") == 1)
+        assert room.row("game").healthy == ()
+        knows = True
+        await until(lambda: room.row("game").healthy)
+        assert await client.ask() == "v1"
+
+
 @pytest.mark.parametrize(
     ("targets", "sentence"),
     [
@@ -364,6 +443,32 @@ async def test_a_redeploy_on_another_port(tmp_path: Path) -> None:
         await room.deploy("other", room.target("v3"))
         assert await old.ask() == "v3"
         assert await room.client(to=(LOCALHOST, port)).ask() == "v2"
+
+
+async def test_a_target_that_stays_is_drained_all_the_same_when_the_port_changes() -> None:
+    """Its sessions came by the old port, which has to become free."""
+    async with open_services() as room:
+        v1, old, port = room.target("v1"), room.client(), free_port()
+        await room.deploy("game", v1)
+        assert await old.ask() == "v1"
+        deploying = await room.begin("game", v1, port=port, force_kill_timeout=0.3)
+        assert await old.ask() == "v1"
+        assert await room.client(to=(LOCALHOST, port)).ask() == "v1"
+        assert (room.row("game").in_flight, room.row("game").draining) == (1, 1)
+        assert await deploying.wait() == DrainResult(cancelled=1)
+        await until(lambda: is_free(room.port))
+        assert room.sessions() == 1
+
+
+async def test_a_service_is_not_its_own_target() -> None:
+    """Each datagram would come back as that of another client, without end."""
+    async with open_services() as room:
+        with pytest.raises(DeployFailedError) as caught:
+            await room.deploy("game", f"{LOCALHOST}:{room.port}", deploy_timeout=0.1)
+        assert "this is the service's own port" in caught.value.details[0]
+        await room.deploy("game", room.target("v1"), f"{LOCALHOST}:{room.port}", force=True)
+        assert {await room.client().ask() for _ in range(20)} == {"v1"}
+        assert room.sessions() == 20
 
 
 async def test_there_and_back_to_the_old_port() -> None:
@@ -498,19 +603,6 @@ def test_a_deploy_cancelled_anywhere(
 
     assert run_with_every_cancellation(attempt) > 10
     assert seen == {"v1" if redeploy else "", "v2"}
-
-
-async def test_a_caller_that_leaves_does_not_stop_the_drain() -> None:
-    async with open_services() as room:
-        await room.deploy("game", room.target("v1"), timeout=0.4)
-        client = room.client()
-        assert await client.ask() == "v1"
-        deploying = await room.begin("game", room.target("v2"))
-        deploying.scope.cancel()
-        await deploying.ended.wait()
-        assert await client.ask() == "v1"
-        await until(lambda: room.row("game").draining == 0)
-        assert await client.ask() == "v2"
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -166,9 +166,9 @@ async def test_each_generation_has_its_own_deadline() -> None:
         assert [await client.ask() for client in clients] == ["v4"] * 4
 
 
-async def test_thousands_are_cut_without_a_pause_for_the_others() -> None:
+async def test_hundreds_are_cut_without_a_pause_for_the_others() -> None:
     """They end some at a time: nobody else waits for the sockets of all to be closed."""
-    count = 2000
+    count = 800
     async with open_services() as room:
         v1 = room.target("v1")
         await room.deploy("game", v1)
@@ -195,7 +195,7 @@ async def test_thousands_are_cut_without_a_pause_for_the_others() -> None:
             result = await room.deploy("game", room.target("v2"))
             nursery.cancel_scope.cancel()
         assert result == DrainResult(cancelled=count)
-        assert turns >= 5
+        assert turns >= 2
 
 
 async def test_a_caller_that_leaves_does_not_stop_the_drain() -> None:

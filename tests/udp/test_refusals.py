@@ -11,6 +11,7 @@ import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.deployment import DrainResult
+from kamal_proxy.udp import deployment
 from tests.scripted import LOCALHOST
 from tests.udp.serving import UNANSWERED, Client, Room, Target, open_services, until
 
@@ -233,6 +234,27 @@ async def test_a_session_leaves_an_unhealthy_target_at_the_first_refusal() -> No
         await client.send()
         await until(lambda: moved(room) == 1)
         assert await client.ask() == other.name
+
+
+async def test_a_session_leaves_an_unhealthy_target_that_swallows_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A host that is gone refuses nothing; its probes find that out."""
+    monkeypatch.setattr(deployment, "_LOOK_INTERVAL", 0.05)
+    monkeypatch.setattr(deployment, "_SILENCE", 0.3)
+    async with open_services() as room:
+        client, its, other = await begun(room, *await deployed(room, check=TCP))
+        its.silent = True
+        for _ in range(10):
+            await client.send()
+            await trio.sleep(0.05)
+        assert moved(room) == 0, "a healthy target may be silent for as long as it likes"
+        assert its.tcp is not None
+        its.tcp.close()
+        assert await talk(client) == other.name
+        assert moved(room) == 1
+        # Nobody else has to move: this one was answered by the other target all along.
+        assert other.sources != its.sources
 
 
 async def test_the_only_target_keeps_its_sessions() -> None:

@@ -381,9 +381,14 @@ def test_clients_that_talk_to_a_silent_target_are_stuck(driver: Driver) -> None:
     where = [begin(driver, client, target) for client in (talks, rests, answered)]
     driver.targets = [other.number]
     begin(driver, driver.client(), other)
-    driver.wait_for(0.4)
+    driver.wait_for(0.01)  # times are told apart by the millisecond
     for client in (talks, answered):
         client.say(b"are you there?")
+    driver.settle()
+    target.send(b"yes", where[2])
+    driver.wait_for(0.4)
+    for client in (talks, answered):
+        client.say(b"still there?")
     driver.settle()
     target.send(b"yes", where[2])
     driver.settle()

@@ -193,6 +193,9 @@ def test_a_train_has_at_most_64_datagrams_and_the_largest_payload() -> None:
         assert b"".join(client.data) == numbered(20, 1400) * 3
         assert max(len(each.data) for each in target.received) <= 6400
         assert max(len(each.data) for each in client.received) <= LARGEST
+        # They were sent as such: none had to be taken apart.
+        assert {each.segment for each in target.received} == {100}
+        assert {each.segment for each in client.received} == {1400}
         assert driver.dropped() == {}
 
 
@@ -354,7 +357,7 @@ def test_a_way_for_smaller_datagrams_takes_them_in_fragments() -> None:
 
 
 def test_a_way_without_trains_is_one_sessions_way() -> None:
-    with session() as (driver, client, target, _), ExitStack() as stack:
+    with session(trains=True) as (driver, client, target, _), ExitStack() as stack:
         (upstream,) = driver.upstreams(target.where)
         stack.callback(upstream.close)
         upstream.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
@@ -367,6 +370,11 @@ def test_a_way_without_trains_is_one_sessions_way() -> None:
         other.say(numbered(5, 100), segment=100)
         driver.pump(lambda: len(target.received) == 5 and len(wide.received) == 2)
         assert wide.received[1].segment == 100
+        # It is not tried again with each train.
+        upstream.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 0)
+        client.say(numbered(5, 100), segment=100)
+        driver.pump(lambda: len(target.received) == 10)
+        assert {each.segment for each in target.received} == {0}
 
 
 # Anything

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
+import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.errors import PortConflictError, StateError
@@ -470,6 +471,55 @@ async def test_a_port_that_is_taken_at_the_start(
             assert await world.client().ask() == "v1"
             await room.deploy("game", v2)
             assert await world.client().ask() == "v2"
+
+
+async def test_sessions_wait_until_their_port_is_free(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a further restart."""
+    v1, client = world.target("v1"), world.client()
+    async with open_services(tmp_path, world) as room:
+        await room.deploy("game", v1)
+        await client.ask()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
+        holder.bind((LOCALHOST, world.port))
+        async with open_services(tmp_path, world) as room:
+            assert room.lines.of("UDP service can't listen yet")
+        monkeypatch.setattr(services, "_LISTEN_AGAIN", 0.05)
+        async with open_services(tmp_path, world) as room:
+            holder.close()
+            await until(lambda: room.lines.of("UDP sessions restored"))
+            assert restored(room) == {"service": "game", "count": 1, "lost": 0}
+            assert await client.ask() == "v1"
+    assert len(v1.sources) == 1
+
+
+async def test_what_comes_during_the_start_waits_for_the_sessions(
+    tmp_path: Path, world: World
+) -> None:
+    """Its client would get a new session, from a port that the target does not know."""
+    v1, clients = world.target("v1"), [world.client() for _ in range(150)]
+    async with open_services(tmp_path, world) as room:
+        await room.deploy("game", v1)
+        for client in clients:
+            await client.ask()
+    sources = v1.sources
+    async with trio.open_nursery() as nursery:
+        sending = trio.CancelScope()
+
+        async def send() -> None:
+            with sending:
+                while True:
+                    await clients[-1].send()
+
+        nursery.start_soon(send)
+        async with open_services(tmp_path, world) as room:
+            sending.cancel()
+            assert restored(room) == {"service": "game", "count": 150, "lost": 0}
+            last = await clients[-1].send()
+            while not (await clients[-1].receive()).endswith(last):
+                pass
+    assert v1.sources == sources
 
 
 async def test_a_deploy_takes_the_port_as_soon_as_it_is_free(tmp_path: Path, world: World) -> None:
