@@ -29,12 +29,14 @@ from kamal_proxy.errors import (
     ServiceNotFoundError,
 )
 from kamal_proxy.options import DeploymentOptions
+from kamal_proxy.services import Services
 from tests.running import Embedded, open_embedded
 from tests.scripted import Peer, Script, Upstream, ok, open_client, open_upstream
 
 if TYPE_CHECKING:
     from kamal_proxy.control.messages import Event
     from kamal_proxy.deployment import Deployment
+    from kamal_proxy.router import RoutingTable
     from tests.scripted import Client, Response
 
 Kind = Literal["plain", "chosen"]
@@ -227,15 +229,20 @@ class Life:
         for name, value in effect.items():
             setattr(self.model, name, value)
         self.model.changed(began, self.now())
-        for service in self.proxy.proxy._running().routes:
+        for service in self._routes():
             self.deployments.update(service.deployments)
+
+    def _routes(self) -> RoutingTable:
+        http = self.proxy.proxy._running()._http
+        assert isinstance(http, Services)
+        return http.routes
 
     async def refused(self, error: type[Exception], call: Callable[..., Any], *args: Any) -> None:
         """Make a change that must fail, and change nothing."""
-        before = self.proxy.proxy._running().routes
+        before = self._routes()
         with pytest.raises(error):
             await call(*args)
-        assert self.proxy.proxy._running().routes is before
+        assert self._routes() is before
 
     async def deploy(self, number: int) -> None:
         name, upstream = await self.new_target()
