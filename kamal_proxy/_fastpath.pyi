@@ -173,6 +173,10 @@ class Relay:
         """How many sessions there are."""
 
     @property
+    def full(self) -> bool:
+        """Whether there are as many sessions as may be, without those that were let go."""
+
+    @property
     def sockets(self) -> int:
         """How many upstream sockets are open."""
 

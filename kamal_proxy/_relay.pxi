@@ -56,7 +56,7 @@ cdef enum:
     PIECES_EACH = 64          # a round reads no more from a listener
     MAX_REFUSALS = 256
     TELLINGS = 4              # errors of other clients' ports that one call may be told before it works
-    MAX_ERRORS = 64           # messages read from a listener's error queue at a time
+    MAX_ERRORS = 2048         # messages read from a listener's error queue at a time
     KEPT_SIZE = 1472          # largest first datagram that is kept for another target
     KEPT_TOTAL = 4194304      # bytes of them
     AVOIDED = 1000            # milliseconds that a target which refused is passed over
@@ -899,7 +899,7 @@ cdef class Relay(SessionTable):
         if self.mode == MODE_PAUSED:
             self._dropped[DROP_PAUSED] += count
             return
-        if self._live >= self.limit and not self._can_evict():
+        if self._is_full() and not self._can_evict():
             self._dropped[DROP_LIMIT] += count
             return
         newcomer = NULL

@@ -290,6 +290,7 @@ cdef class SessionTable:
     cdef uint32_t _free_count
     cdef uint32_t _stamp
     cdef uint64_t _live
+    cdef uint64_t _leaving    # of them, those that were let go
     cdef uint64_t _sockets    # upstream sockets that are open
     cdef Flow *_oldest        # of those that were never answered
     cdef Flow *_newest
@@ -552,6 +553,7 @@ cdef class SessionTable:
         while flow != NULL:
             if not flow.let_go:
                 flow.let_go = True
+                self._leaving += 1
                 self._unlist(flow)
                 self._schedule(flow)
             flow = flow.member_next
@@ -621,6 +623,10 @@ cdef class SessionTable:
         self._bury()
         return self._generations[generation].live
 
+    cdef inline bint _is_full(self) noexcept nogil:
+        """Return whether there may be no further session; those let go have made room for theirs."""
+        return self._live - self._leaving >= self.limit
+
     cdef inline bint _can_evict(self) noexcept nogil:
         """Return whether a session may make room for another one.
 
@@ -648,6 +654,10 @@ cdef class SessionTable:
     @property
     def live(self):
         return self._live
+
+    @property
+    def full(self):
+        return self._is_full()
 
     @property
     def sockets(self):
@@ -943,6 +953,7 @@ cdef class SessionTable:
         self._leave(head)
         self._generations[head.generation].ended[reason] += 1
         self._live -= 1
+        self._leaving -= head.let_go
         self._ended[reason] += 1
         self._to_graveyard(head)
 

@@ -266,7 +266,7 @@ class UdpService:
             relay.refuse(number, "no_target")
             return
         options = active.options.sessions
-        if relay.live >= relay.limit and not relay.evict():
+        if relay.full and not relay.evict():
             relay.refuse(number, "session_limit")
             return
         generation, targets = active.generation, active.all_numbers()
@@ -432,7 +432,7 @@ class UdpService:
             listener = bound.get(session.local, bound.get(_ANY))
             address = (*session.target_address, 0, session.target_scope)
             number = active.number_of(session.target, address)
-            if listener is None or number is None or self.relay.live >= self.relay.limit:
+            if listener is None or number is None or self.relay.full or not self._has_room(1):
                 lost += 1
                 continue
             client = session.client + session.client_port.to_bytes(2)

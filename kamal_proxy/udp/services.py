@@ -563,13 +563,13 @@ class UdpServices:
 
     def _check_descriptors(self, name: str, options: UdpOptions, targets: int) -> None:
         """Share the file descriptors with everything else; warn if they are too few."""
-        others = [
-            service.options
+        needed = {
+            service.name: _sockets(service.options, len(service.active.targets))
             for service in self._installed.values()
-            if service.options is not None and service.name != name
-        ]
-        each = 1 if options.sessions.affinity else targets
-        wanted = options.sessions.limit * each + sum(other.sessions.limit for other in others)
+            if service.options is not None and service.active is not None
+        }
+        needed[name] = _sockets(options, targets)
+        wanted = sum(needed.values())
         available = available_descriptors(wanted, keep=kept_descriptors())
         self._room = max(self._room, available)  # also where this deploy comes to nothing
         if available < wanted:
@@ -710,3 +710,8 @@ def _port_range() -> tuple[int, int]:
     with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
         low, high = map(int, file.read().split())
     return low, high
+
+
+def _sockets(options: UdpOptions, targets: int) -> int:
+    """Return how many upstream sockets a service may have; without affinity one for each target."""
+    return options.sessions.limit * (1 if options.sessions.affinity else targets)
