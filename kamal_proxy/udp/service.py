@@ -419,6 +419,8 @@ class UdpService:
             for each in self._ports.values()
             for sock in each.sockets[:1]
         }
+        if not active.options.sessions.affinity:  # it had some when they were saved
+            return 0, len(sessions.records) // RECORD.size
         timeout = active.options.sessions.timeout
         unanswered = min(timeout, UNANSWERED)
         restored = lost = 0

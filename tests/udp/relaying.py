@@ -21,10 +21,11 @@ import attrs
 import pytest
 
 from kamal_proxy._fastpath import RUN_EMPTIED, RUN_MORE, RUN_NEWCOMERS, RUN_REFUSED, Relay
+from kamal_proxy.errors import ListenError
 from kamal_proxy.udp.ports import listen_udp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 LIMIT = 30.0  # seconds after which what is waited for has failed
 AT_ONCE = 2  # milliseconds for which one call moves datagrams
@@ -92,6 +93,16 @@ def packed(address: str) -> bytes:
 def end_of(where: tuple[str, int]) -> bytes:
     """Return the 18 bytes of an end as the relay has it."""
     return packed(where[0]) + where[1].to_bytes(2)
+
+
+def _listen(addresses: Sequence[str]) -> list[socket.socket]:
+    while True:
+        try:
+            return listen_udp(addresses, 0)
+        except ListenError:
+            # The port that was chosen for the first address is taken on another.
+            if len(addresses) < 2:
+                raise
 
 
 def open_descriptors() -> int:
@@ -228,7 +239,7 @@ class Driver:
 
     def __init__(self, *addresses: str, sockets: bool = True) -> None:
         self.relay = Relay(bytes(range(16)), sockets=sockets)
-        self.listeners = listen_udp(addresses, 0)
+        self.listeners = _listen(addresses)
         self.port: int = self.listeners[0].getsockname()[1]
         self.numbers = [self.relay.listen(sock.fileno()) for sock in self.listeners]
         self.generation = self.relay.add_generation(60.0, 60.0)

@@ -133,8 +133,8 @@ def one_batch(driver: Driver, clients: list[Client], numbers: range) -> None:
     ):
         driver.generation, driver.decide = generation, decide
         for client in clients:
-            client.say(b"hi")
-            client.say(b"train" * 3, segment=5)
+            client.say(bytes(1400))
+            client.say(bytes(1200), segment=400)
         driver.turn()
         relay.end_some(generation, len(clients))
     relay.let_go(spread)
