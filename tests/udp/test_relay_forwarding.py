@@ -273,13 +273,16 @@ def test_a_broadcast_is_answered(dual: bool, monkeypatch: pytest.MonkeyPatch) ->
     """As game servers are found on a network; no answer can leave from the broadcast address."""
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: dual)
     with driving() as driver:
-        driver.target().answer = echo
+        # Alone, as a train, and several at once.
+        driver.target().answer = lambda _: [b"I am", *[b"here"] * 3, b"and here"]
         client = driver.client(to="127.255.255.255")
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        client.say(b"who is there?")
-        driver.settle()
-        assert client.data == [b"who is there?"]
-        assert client.received[0].source[1] == driver.port
+        for turn in range(1, 4):
+            client.say(b"who is there?")
+            driver.settle()
+            assert client.data == [b"I am", *[b"here"] * 3, b"and here"] * turn
+        assert {each.source[1] for each in client.received} == {driver.port}
+        assert driver.dropped() == {}
 
 
 # DSCP and ECN

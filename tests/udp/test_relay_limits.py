@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kamal_proxy._fastpath import DROP_REASONS, Relay
-from tests.udp.relaying import Client, Driver, Newcomer, driving, echo, end_of, open_descriptors
+from tests.udp.relaying import (
+    Client,
+    Driver,
+    Newcomer,
+    Target,
+    driving,
+    echo,
+    end_of,
+    open_descriptors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +48,9 @@ def test_newcomers_are_dropped_while_all_sessions_are_two_way(driver: Driver) ->
     for client in clients:
         client.say(b"begin")
     driver.settle()
+    was_full = driver.relay.full
     driver.relay.limit = 3
+    assert (was_full, driver.relay.full) == (False, True)
     told = asked(driver)
     newcomer = driver.client()
     for _ in range(5):
@@ -351,18 +362,34 @@ def test_what_the_kernel_drops_is_counted(driver: Driver) -> None:
 
 
 def test_what_the_kernel_drops_of_answers_is_counted(driver: Driver) -> None:
-    target, client = driver.target(), driver.client()
+    target, other, client = driver.target(), driver.target(), driver.client()
     client.say(b"begin")
     driver.settle()
-    source = target.received[0].source
+    lost = drops_of(driver, target, client)
+    assert lost > 0
+    assert driver.relay.counters()["kernel_drops"] == lost
+    # The socket of another target counts from 0.
+    driver.shut(target)
+    client.say(b"refused")
+    driver.pump(lambda: driver.refusals)
+    assert driver.relay.move(driver.refusals[0].session, driver.generation, other.number)
+    client.say(b"begin")
+    driver.pump(lambda: other.received)
+    lost += drops_of(driver, other, client)
+    assert driver.relay.counters()["kernel_drops"] == lost
+
+
+def drops_of(driver: Driver, target: Target, client: Client) -> int:
+    """Let a target send more than the session's socket holds; return how many are lost."""
+    client.received.clear()
     for _ in range(5000):
-        target.send(bytes(1000), source)
+        target.send(bytes(1000), target.received[0].source)
     driver.settle()
     arrived = len(client.received)
-    assert 0 < arrived < 5000
-    target.send(b"next", source)
+    assert arrived > 0
+    target.send(b"next", target.received[0].source)
     driver.pump(lambda: b"next" in client.data)
-    assert driver.relay.counters()["kernel_drops"] == 5000 - arrived
+    return 5000 - arrived
 
 
 def test_the_counters_add_up(driver: Driver) -> None:
