@@ -40,7 +40,7 @@ class MetricsServer:
         try:
             while (request := await endpoint.receive(idle)) is not None:
                 await self._answer(endpoint, request)
-                if not endpoint.next_cycle():
+                if not await endpoint.next_cycle():
                     return
                 idle = IDLE_TIMEOUT
         except ProtocolError as error:

@@ -397,6 +397,17 @@ async def test_a_client_that_leaves(client: Served, sent: bytes) -> None:
     await client.ended.wait()
 
 
+async def test_an_answer_is_not_lost_by_what_comes_after_it(client: Served) -> None:
+    """Unread bytes would reset the connection, and the reset may overtake the answer."""
+    await client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+    answer = await client.receive_until(b"\r\n\r\n")
+    await client.send(SCRAPE * 10)
+    client.shutdown_write()
+
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"kamal_proxy_" in await client.receive_eof()
+
+
 # --- bugs ----------------------------------------------------------------------------------------
 
 

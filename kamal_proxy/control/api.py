@@ -175,7 +175,7 @@ class _Call:
             await self._dispatch(request)
         except KamalProxyError as error:
             await self._fail(error)
-        return self._endpoint.next_cycle()
+        return await self._endpoint.next_cycle()
 
     async def _dispatch(self, request: Request) -> None:
         methods, name = _find_resource(request.path)

@@ -140,15 +140,18 @@ class Endpoint:
         reason = pages.reason(error.status)
         headers = [(b"Content-Type", TEXT)]
         await self._send(whole_response(error.status, reason, headers, reason.encode() + b"\n"))
-        await drop(self._stream)
+        await self.drop()
 
     async def drop(self) -> None:
-        """End the connection after an answer to a request that was not read whole."""
+        """End the connection after an answer; what the client still sends is not used."""
         await drop(self._stream)
 
-    def next_cycle(self) -> bool:
+    async def next_cycle(self) -> bool:
         """Get ready for the next request; False if the connection can't be used again."""
-        return self._codec.next_cycle()
+        if self._codec.next_cycle():
+            return True
+        await self.drop()
+        return False
 
     async def _send(self, data: bytes) -> None:
         with trio.fail_after(self._patience):
