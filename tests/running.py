@@ -261,7 +261,7 @@ def environment(directory: Path, extra: Mapping[str, str] | None = None) -> dict
         name: value
         for name, value in os.environ.items()
         if not name.startswith("KAMAL_PROXY_")
-        and name not in ("DEBUG", "HTTP_PORT", "HTTPS_PORT", "METRICS_PORT", "TMPDIR")
+        and name not in ("DEBUG", "HTTP_PORT", "HTTPS_PORT", "METRICS_PORT", "UDP_PORT", "TMPDIR")
     }
     own = {"HOME": str(directory), "XDG_RUNTIME_DIR": str(directory), "PYTHONPATH": str(ROOT)}
     return clean | own | dict(extra or {})
