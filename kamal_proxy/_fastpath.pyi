@@ -90,6 +90,8 @@ RUN_REFUSED: int
 """There are refusals."""
 RUN_EMPTIED: int
 """The last session of a generation has ended."""
+RUN_PINNED: int
+"""Sessions have found their target."""
 DROP_REASONS: tuple[str, ...]
 """Why datagrams are dropped; the labels of metrics."""
 END_REASONS: tuple[str, ...]
@@ -113,6 +115,19 @@ def rendezvous(key: bytes, seeds: Iterable[int], secret: int) -> int:
         ValueError: there is no target.
     """
 
+def look_at(
+    data: bytes | bytearray | memoryview,
+) -> tuple[str, int, int, bool, int, bool, tuple[int, ...], tuple[int, ...], bytes]:
+    """Return what a relay makes of a datagram of a call; for tests.
+
+    Returns:
+        The kind (``other``, ``stun``, ``dtls``, ``turn``, ``rtp`` or ``rtcp``; RFC 7983, RFC 5761);
+        of STUN the message type, and the code of an error response; of DTLS whether there is an
+        alert from after the handshake; of RTP the source (SSRC); of RTCP whether it is a plain
+        compound, and of such a one the senders of its reports, whom its BYE packets name, and the
+        first CNAME.
+    """
+
 class SourcePorts:
     """Which source ports lead to which target address, for all relays of a proxy.
 
@@ -128,6 +143,19 @@ class SourcePorts:
     """
 
     def __init__(self, low: int, high: int) -> None: ...
+    def avoid(self, low: int, high: int) -> None:
+        """Take no port from ``low`` to ``high`` from now on.
+
+        Raises:
+            ValueError: these are no ports.
+        """
+
+    def allow(self, low: int, high: int) -> None:
+        """Take the ports from ``low`` to ``high`` again.
+
+        Raises:
+            ValueError: these are no ports.
+        """
 
 class Relay:
     """Moves the datagrams of one UDP service; see _relay.pxi for the design.
@@ -208,12 +236,24 @@ class Relay:
     def unlisten(self, number: int) -> None:
         """Forget a listener; its sessions end."""
 
+    def unlisten_all(self, numbers: Iterable[int]) -> None:
+        """Forget many listeners at once; their sessions end."""
+
+    def pair(self, rtp: int, rtcp: int) -> None:
+        """Say that two listeners carry RTP and RTCP of the same sessions.
+
+        Pairs that one of them was of are no more; sessions that have both halves go on.
+
+        Raises:
+            ValueError: it is the same one twice.
+        """
+
     def add_target(self, host: str, port: int, scope: int = 0) -> int:
         """Return the number of a new target.
 
         Args:
             host: Numeric IP address.
-            port: Port.
+            port: Port; 0 lets each session have the number of the port that its client sends to.
             scope: Number of the interface of a link-local address (RFC 4007).
 
         Raises:
@@ -226,14 +266,23 @@ class Relay:
     def set_down(self, target: int, down: bool) -> None:
         """Say whether a target is unhealthy: sessions without affinity pass it over."""
 
-    def add_generation(self, idle: float, unanswered: float, *, affinity: bool = True) -> int:
+    def add_generation(
+        self, idle: float, unanswered: float, *, affinity: bool = True, media: bool = False
+    ) -> int:
         """Return the number of a new generation of sessions.
 
         Args:
             idle: Seconds without a datagram in either direction after which a session is over.
             unanswered: The same for one that no target has ever answered.
             affinity: Whether a session has one target; otherwise each datagram goes to the next.
+            media: Whether its sessions may carry calls, WebRTC or RTP.
+
+        Raises:
+            ValueError: media without affinity.
         """
+
+    def hurry(self, generation: int) -> None:
+        """From now on, let sessions end that carry nothing for two seconds."""
 
     def let_go(self, generation: int) -> None:
         """Take the sessions of a generation without affinity from their clients.
@@ -331,11 +380,85 @@ class Relay:
     def newcomers(self) -> list[tuple[int, int, bytes, bytes]]:
         """Return the clients without a session: number, listener, client's end, local end."""
 
+    def opening(self, number: int) -> bytes:
+        """Return the first datagram that a newcomer sent."""
+
+    def partner(self, number: int) -> tuple[int, int, int] | None:
+        """Return the session that a newcomer is the other half of, with its generation and target.
+
+        That is one of the same client address on the other port of the pair, preferably from the
+        port beside the newcomer's, which has no second half yet.
+        """
+
+    def join(self, number: int, session: int, header: bytes = b"") -> None:
+        """Make a newcomer the second half of a session, as :meth:`partner` returned it.
+
+        Raises:
+            OSError: no socket can be had, or the target can't be reached.
+            ValueError: the session has ended, or is whole.
+        """
+
+    @property
+    def undecided(self) -> int:
+        """How many sessions have no target yet."""
+
+    @property
+    def pairs(self) -> int:
+        """How many sessions have both ports of a pair; it looks at all sessions."""
+
+    def undecided_from(self, number: int) -> int:
+        """Return how many sessions of a newcomer's address have no target yet."""
+
+    def pins(self) -> list[tuple[int, int, int]]:
+        """Return the sessions that found their target in the last run: number, key, target."""
+
+    def assign(self, session: int, generation: int) -> bool:
+        """Make a session one of another generation; False if it has ended."""
+
+    def end(self, session: int) -> bool:
+        """Cut a session; False if it has ended."""
+
+    def begin_goodbye(self, generation: int) -> None:
+        """Let :meth:`goodbyes` begin anew."""
+
+    def goodbyes(
+        self, generation: int, count: int
+    ) -> list[tuple[int, bool, tuple[int, ...], bytes, tuple[int, ...], bytes]]:
+        """Return the next sessions of a generation that a goodbye is due to.
+
+        Sessions that begin meanwhile are left out, and those without media or a target.
+
+        Args:
+            generation: The generation.
+            count: How many at most.
+
+        Returns:
+            Each with its number, whether it is encrypted, and the sources (SSRC) and the CNAME that
+            its client, then its target, has shown.
+        """
+
+    def say_goodbye(self, session: int, to_client: bytes, to_target: bytes) -> bool:
+        """Send RTCP to both sides of a session; nothing where there are no bytes.
+
+        Returns:
+            False if the session has ended, or it is not known where its RTCP goes: no second half
+            of a pair, and no RTCP was seen on the first.
+
+        Raises:
+            ValueError: more than 1,472 bytes.
+        """
+
     def following(self, number: int) -> tuple[int, int] | None:
         """Return generation and target of a live session of a newcomer's address, if any."""
 
     def admit(
-        self, number: int, generation: int, targets: Sequence[int], header: bytes = b""
+        self,
+        number: int,
+        generation: int,
+        targets: Sequence[int],
+        header: bytes = b"",
+        *,
+        asking: int = 0,
     ) -> None:
         """Begin the session of a newcomer and send on what it has sent so far.
 
@@ -344,6 +467,9 @@ class Relay:
             generation: The generation that the session belongs to.
             targets: Its target; without affinity, all of them.
             header: What each datagram to the target begins with, at most 52 bytes.
+            asking: Where it is not known whose client it is, 64 bits for :meth:`pins` to tell it
+                by. Its Binding requests go to all targets until one answers as only the client's
+                own would; all else of the client is dropped, and what the others say held back.
 
         Raises:
             OSError: no socket can be had, or the target can't be reached.

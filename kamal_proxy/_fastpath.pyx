@@ -341,5 +341,7 @@ def fnv1a_32(data):
 
 
 include "_system.pxi"
+include "_media.pxi"
 include "_sessions.pxi"
+include "_calls.pxi"
 include "_relay.pxi"

@@ -14,17 +14,20 @@
 #   target -> upstream: recvmsg() of each ready session, or recvmmsg() when few are ready (then each
 #             has probably several), gathered over sessions into one sendmmsg() on the listener.
 #
-# A session is a Flow, or a ring of Flows, one per target, when its service has no affinity; the
-# first of them, the head, stands for all in every table. Structures and their owners:
+# A session is a Flow, or a ring of Flows: one per target when its service has no affinity, or while
+# an ICE client's target is still asked for; one per port when it has a pair of ports. The first of
+# them, the head, stands for all. Structures and their owners:
 #
-#   Relay     (with its base SessionTable) owns everything below, all memory and every descriptor but those of the listeners,
-#             which the caller of listen() closes after unlisten() or close().
+#   Relay     (with its bases CallTable and SessionTable) owns everything below, all memory and every
+#             descriptor but those of the listeners, which the caller of listen() closes after
+#             unlisten() or close().
 #   Flow      allocated by _new_flow, and in these lists at once: a bucket of the flow table (heads
-#             only, by listener and client), a slot of the wheel (heads only), the members of its
+#             and second flows of pairs, by listener and client), a slot of the wheel (heads only), the members of its
 #             generation (heads only), the unanswered (heads only, until the first answer), those of
 #             one client address (heads only). _end takes it out of all and puts it and its ring
 #             into the graveyard, because events of the current batch may still point to them;
 #             _bury frees them once no batch is being worked on.
+#   Media     of the head of a session that may carry calls; freed with it.
 #   Newcomer  owns copies of its datagrams (Piece) until the next run().
 #
 # Nothing scans all flows: a datagram costs one bucket, expiry one slot of a wheel (100 ms each, 102
@@ -55,6 +58,11 @@ cdef enum:
     MAX_PIECES = 512          # datagrams, or trains, that newcomers have sent before Python decided
     PIECES_EACH = 64          # a round reads no more from a listener
     MAX_REFUSALS = 256
+    MAX_PINS = MAX_EVENTS     # in one round each event may pin one session
+    ASKS_EACH = 50            # Binding requests of one client, in a second, that go to all targets
+    ASKS = 5000               # the same of all clients
+    STALE = 8000              # milliseconds that a target is silent while its client sends requests
+    MANY_REFUSALS = 3
     TELLINGS = 4              # errors of other clients' ports that one call may be told before it works
     MAX_ERRORS = 2048         # messages read from a listener's error queue at a time
     KEPT_SIZE = 1472          # largest first datagram that is kept for another target
@@ -67,6 +75,7 @@ cpdef enum:
     RUN_NEWCOMERS = 2
     RUN_REFUSED = 4
     RUN_EMPTIED = 8
+    RUN_PINNED = 16
 
 
 cdef struct Piece:
@@ -90,15 +99,25 @@ cdef struct Refusal:
     uint32_t number
     uint32_t stamp
 
+cdef struct Pin:
+    uint32_t number
+    uint32_t stamp
+    uint64_t key
+
 
 cdef inline uint32_t _train(uint32_t size, uint32_t segment) noexcept nogil:
     """Return how many datagrams of ``segment`` bytes there are in ``size`` bytes; 0: one."""
     return (size + segment - 1) // segment if segment and size else 1
 
 
+cdef inline uint32_t _first_size(const Piece *piece) noexcept nogil:
+    """Return the size of a datagram, or of the first of a train."""
+    return min(piece.size, <uint32_t>piece.segment) if piece.segment else piece.size
+
+
 @cython.final
 @cython.no_gc
-cdef class Relay(SessionTable):
+cdef class Relay(CallTable):
     """Moves the datagrams of one UDP service; see _fastpath.pyi."""
 
     cdef int _interrupt       # a descriptor whose readiness ends a run, or -1
@@ -109,6 +128,10 @@ cdef class Relay(SessionTable):
     cdef uint32_t _piece_count
     cdef Refusal _refusals[MAX_REFUSALS]
     cdef uint32_t _refusal_count
+    cdef Pin _pins[MAX_PINS]
+    cdef uint32_t _pin_count
+    cdef uint64_t _ask_second # in which ``_asks`` were counted
+    cdef uint32_t _asks
     # One batch in: what recvmsg() fills, and what was found out about each datagram.
     cdef uint8_t *_slots
     cdef mmsghdr _in[BATCH]
@@ -167,12 +190,12 @@ cdef class Relay(SessionTable):
         self._forget_newcomers()
         self._shut()
 
-    def unlisten(self, uint32_t number):
-        """Forget a listener; its sessions end, and what newcomers sent to it is dropped."""
+    def unlisten_all(self, numbers):
+        """Forget listeners; their sessions end, and what newcomers sent to them is dropped."""
         cdef uint32_t i
-        SessionTable.unlisten(self, number)
+        SessionTable.unlisten_all(self, numbers)
         for i in range(self._newcomer_count):
-            if self._newcomers[i].listener == number:
+            if not self._listeners[self._newcomers[i].listener].used:
                 self._drop_newcomer(&self._newcomers[i], DROP_BACKLOG)
 
     def run(self, int milliseconds):
@@ -183,6 +206,7 @@ cdef class Relay(SessionTable):
         self._require_open()
         self._forget_newcomers()
         self._forget_refusals()
+        self._pin_count = 0
         with nogil:
             started = self._clock = _now()
             moved = self._round(0)
@@ -190,6 +214,7 @@ cdef class Relay(SessionTable):
                 if (
                     self._clock - started >= <uint64_t>milliseconds
                     or self._newcomer_count or self._refusal_count or self._emptied
+                    or self._pin_count
                     or self._interrupted
                 ):
                     result = RUN_MORE
@@ -209,6 +234,8 @@ cdef class Relay(SessionTable):
             result |= RUN_NEWCOMERS
         if self._refusal_count:
             result |= RUN_REFUSED
+        if self._pin_count:
+            result |= RUN_PINNED
         if self._emptied:
             self._emptied = False
             result |= RUN_EMPTIED
@@ -308,6 +335,7 @@ cdef class Relay(SessionTable):
         cdef Listener *listener = &self._listeners[number]
         cdef int count, i
         cdef Flow *flow
+        cdef Flow *head
         cdef mmsghdr *message
         cdef Ip local
         cdef uint32_t scope, size
@@ -368,9 +396,23 @@ cdef class Relay(SessionTable):
             if flow == NULL:
                 self._note_newcomer(number, port, scope, &local, i, size)
                 continue
-            flow.client_heard = self._clock
-            if flow.asked <= flow.target_heard:
-                flow.asked = self._clock
+            head = flow.head
+            if self._has_media and head.media != NULL:
+                self._hear(
+                    flow, BY_CLIENT, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i]
+                )
+                if head.let_go:
+                    self._note_newcomer(number, port, scope, &local, i, size)
+                    continue
+            head.client_heard = self._clock
+            if head.asked <= head.target_heard:
+                head.asked = self._clock
+            if self._has_media and _is_undecided(head):
+                self._ask_all(
+                    head, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i],
+                    self._tos[i],
+                )
+                continue
             if flow.turn != NULL:
                 self._spread(
                     flow, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i],
@@ -440,20 +482,22 @@ cdef class Relay(SessionTable):
         self._in_count += 1
         self._in_bytes += size
 
+    cdef void _send_alone(self, Flow *flow, uint8_t *data, uint32_t size, uint8_t tos) noexcept nogil:
+        """Send one datagram to the target of a flow, with all that belongs to it."""
+        if tos == 0 and flow.header == NULL:
+            self._send_one(flow, data, size)
+        else:
+            self._put(flow, True, data, size, 0, tos)
+            self._flush(flow.fd, flow)
+
     cdef void _spread(
         self, Flow *head, uint8_t *data, uint32_t size, uint32_t segment, uint8_t tos
     ) noexcept nogil:
         """Send the datagrams of a session without affinity, each to the next target."""
-        cdef Flow *flow
         cdef uint32_t step
         while True:
             step = min(size, segment) if segment else size
-            flow = self._next_turn(head)
-            if tos == 0 and flow.header == NULL:
-                self._send_one(flow, data, step)
-            else:
-                self._put(flow, True, data, step, 0, tos)
-                self._flush(flow.fd, flow)
+            self._send_alone(self._next_turn(head), data, step, tos)
             data += step
             size -= step
             if not size:
@@ -477,6 +521,7 @@ cdef class Relay(SessionTable):
         """Read up to ``each`` datagrams of a target and gather them for the client."""
         cdef int count, i, slot
         cdef mmsghdr *message
+        cdef Flow *owner
         if self._reads + each > BATCH or (
             self._out_listener >= 0 and self._out_listener != flow.listener
         ):
@@ -502,13 +547,22 @@ cdef class Relay(SessionTable):
             if count < 0 and errno == ECONNREFUSED:
                 self._note_refusal(flow)
             return 1  # an event was used up: not nothing
-        flow.head.target_heard = self._clock
         if flow.refusals:
             flow.refusals = 0
-        if not flow.head.answered:
+        if not flow.head.answered and not _is_undecided(flow.head):
             self._answered(flow.head)
         for i in range(slot, slot + count):
             self._read_control(&self._in[i].msg_hdr, i, NULL, &flow.overflow)
+            if self._has_media and flow.head.media != NULL:
+                owner = self._answer(
+                    flow, <uint8_t *>self._in_parts[i].iov_base, self._in[i].msg_len,
+                    self._segment[i],
+                )
+                if owner == NULL:
+                    self._dropped[DROP_HELD_BACK] += _train(self._in[i].msg_len, self._segment[i])
+                    continue
+                flow = owner
+            flow.head.target_heard = self._clock
             if self._in[i].msg_hdr.msg_flags & MSG_TRUNC:
                 self._dropped[DROP_TRUNCATED] += 1
             elif self.mode == MODE_STOPPED:
@@ -612,11 +666,9 @@ cdef class Relay(SessionTable):
         while flow != NULL:
             if (
                 flow.client_port == port and flow.listener == number and _same(&flow.client, client)
-                and flow.gone_since == 0
+                and not self._is_spare(flow)
             ):
-                flow.gone_since = self._clock
-                self._schedule(flow)
-                self._arm()
+                self._hint(flow.head, END_CLIENT_GONE)
             flow = flow.bucket_next
 
     # Sending
@@ -899,7 +951,10 @@ cdef class Relay(SessionTable):
         if self.mode == MODE_PAUSED:
             self._dropped[DROP_PAUSED] += count
             return
-        if self._is_full() and not self._can_evict():
+        if (
+            self._is_full() and not self._can_evict()
+            and not self._has_other_half(listener, client, port, scope, local)
+        ):
             self._dropped[DROP_LIMIT] += count
             return
         newcomer = NULL
@@ -945,6 +1000,20 @@ cdef class Relay(SessionTable):
         newcomer.count += 1
         self._piece_count += 1
 
+    cdef bint _has_other_half(
+        self, uint32_t listener, const Ip *client, uint16_t port, uint32_t scope, const Ip *local
+    ) noexcept nogil:
+        """Return whether a client has a session already that this one would be the other half of."""
+        cdef Newcomer newcomer
+        if self._listeners[listener].partner < 0:
+            return False
+        newcomer.client = client[0]
+        newcomer.local = local[0]
+        newcomer.scope = scope
+        newcomer.client_port = port
+        newcomer.listener = <uint16_t>listener
+        return self._partner(&newcomer) != NULL
+
     def newcomers(self):
         cdef uint32_t i
         cdef Newcomer *newcomer
@@ -974,12 +1043,48 @@ cdef class Relay(SessionTable):
         cdef Newcomer *newcomer = self._newcomer(number)
         cdef Flow *flow = self._address_place(&newcomer.client)[0]
         while flow != NULL:
-            if _same(&flow.client, &newcomer.client):
-                return flow.generation, flow.target
+            if _same(&flow.client, &newcomer.client) and not _is_undecided(flow.head):
+                return flow.head.generation, flow.target
             flow = flow.address_next
         return None
 
-    def admit(self, uint32_t number, uint32_t generation, targets, bytes header not None=b""):
+    def opening(self, uint32_t number):
+        """Return the first datagram that a newcomer sent."""
+        cdef Piece *piece = self._newcomer(number).first
+        return (<const char *>(piece + 1))[:_first_size(piece)]
+
+    def partner(self, uint32_t number):
+        """Return session, generation and target of the other half of a pair, or None."""
+        cdef Flow *flow = self._partner(self._newcomer(number))
+        return None if flow == NULL else (_number(flow), flow.generation, flow.target)
+
+    def undecided_from(self, uint32_t number):
+        """Return how many sessions of a newcomer's address have no target yet."""
+        cdef Newcomer *newcomer = self._newcomer(number)
+        cdef Flow *flow = self._address_place(&newcomer.client)[0]
+        cdef int count = 0, left = NEIGHBOURS
+        while flow != NULL and left:
+            left -= 1
+            count += _same(&flow.client, &newcomer.client) and _is_undecided(flow.head)
+            flow = flow.address_next
+        return count
+
+    def join(self, uint32_t number, uint64_t session, bytes header not None=b""):
+        """Make a newcomer the second half of a session and send on what it has sent so far."""
+        cdef Newcomer *newcomer = self._newcomer(number)
+        cdef Flow *head = self._session(session)
+        if len(header) > HEADER_ROOM:
+            raise ValueError(f"the header has more than {HEADER_ROOM} bytes")
+        if head == NULL or not self._takes_leg(head):
+            raise ValueError("there is no such session, or it is whole")
+        self._clock = _now()
+        self._grow_table()
+        self._send_pieces(self._add_leg(head, newcomer, header, 0), newcomer)
+
+    def admit(
+        self, uint32_t number, uint32_t generation, targets, bytes header not None=b"", *,
+        uint64_t asking=0,
+    ):
         """Begin the session of a newcomer and send on what it has sent so far."""
         cdef Newcomer *newcomer = self._newcomer(number)
         cdef Flow *head
@@ -988,31 +1093,42 @@ cdef class Relay(SessionTable):
         if len(header) > HEADER_ROOM:
             raise ValueError(f"the header has more than {HEADER_ROOM} bytes")
         self._clock = _now()
-        head = self._begin(generation, targets, newcomer, header, 0, False, self._clock)
+        head = self._begin(generation, targets, newcomer, header, 0, False, self._clock, asking)
         piece = newcomer.first
-        # Of a train, the first datagram.
-        size = min(piece.size, <uint32_t>piece.segment) if piece.segment else piece.size
-        if head.turn == NULL and size <= KEPT_SIZE and self._kept + size <= KEPT_TOTAL:
+        size = _first_size(piece)
+        if head.turn == NULL and not asking and size <= KEPT_SIZE and self._kept + size <= KEPT_TOTAL:
             head.kept = <uint8_t *>malloc(size + 1)
             if head.kept != NULL:
                 memcpy(head.kept, piece + 1, size)
                 head.kept_size = <uint16_t>size
                 head.kept_tos = piece.tos
                 self._kept += size
-        with nogil:
-            while piece != NULL:
-                if head.turn != NULL:
-                    self._spread(
-                        head, <uint8_t *>(piece + 1), piece.size, piece.segment, piece.tos
-                    )
-                else:
-                    self._put(
-                        head, True, <uint8_t *>(piece + 1), piece.size, piece.segment, piece.tos
-                    )
-                    self._flush(head.fd, head)
-                newcomer.first = piece.next
-                free(piece)
-                piece = newcomer.first
+        self._send_pieces(head, newcomer)
+
+    cdef void _send_pieces(self, Flow *flow, Newcomer *newcomer) noexcept nogil:
+        """Send on what a newcomer has sent until its session began."""
+        cdef Flow *head = flow.head
+        cdef Piece *piece
+        head.client_heard = self._clock
+        if head.asked <= head.target_heard:
+            head.asked = self._clock
+        while newcomer.first != NULL:
+            piece = newcomer.first
+            if head.media != NULL:
+                self._hear(flow, BY_CLIENT, <uint8_t *>(piece + 1), piece.size, piece.segment)
+            if _is_undecided(head):
+                self._ask_all(
+                    head, <uint8_t *>(piece + 1), piece.size, piece.segment, piece.tos
+                )
+            elif head.turn != NULL:
+                self._spread(head, <uint8_t *>(piece + 1), piece.size, piece.segment, piece.tos)
+            else:
+                self._put(
+                    flow, True, <uint8_t *>(piece + 1), piece.size, piece.segment, piece.tos
+                )
+                self._flush(flow.fd, flow)
+            newcomer.first = piece.next
+            free(piece)
 
     def refuse(self, uint32_t number, str reason not None):
         """Drop what a newcomer has sent, for one of ``DROP_REASONS``."""
@@ -1040,6 +1156,8 @@ cdef class Relay(SessionTable):
             flow.refused_since = self._clock
         flow.refusals += 1
         flow.refused_at = self._clock
+        if self._is_spare(flow) or _is_undecided(flow.head):
+            return
         if not flow.refused_now and self._refusal_count < MAX_REFUSALS:
             flow.refused_now = True
             self._refusals[self._refusal_count].number = flow.number
@@ -1065,9 +1183,9 @@ cdef class Relay(SessionTable):
             if flow != NULL:
                 found.append((
                     _number(flow),
-                    flow.generation,
+                    flow.head.generation,
                     flow.target,
-                    flow.head.turn == NULL,
+                    flow.head.turn == NULL and not _is_bound(flow.head),
                     flow.head.answered,
                     flow.moves,
                     flow.refusals,
@@ -1079,31 +1197,165 @@ cdef class Relay(SessionTable):
 
     def move(self, uint64_t session, uint32_t generation, uint32_t target):
         """Move a session to another target and send it the first datagram, if it is still kept."""
-        cdef Flow *flow = self._numbered_flow(<uint32_t>session, <uint32_t>(session >> 32))
-        cdef Flow old
-        cdef int number
+        cdef Flow *head = self._session(session)
+        cdef Flow *flow
+        cdef Flow old[2]  # the sockets that the flows had
+        cdef int number, moved = 0, i
         self._require_generation(generation)
-        if flow == NULL:
+        if head == NULL:
             return False
-        if flow.head.turn != NULL:
+        if head.turn != NULL or _is_undecided(head):
             raise ValueError("a session without affinity has all targets")
         if target >= self._target_room or not self._targets[target].held:
             raise ValueError("there is no such target")
         self._clock = _now()
-        old = flow[0]
-        number = self._attach(flow, target, 0)
+        flow = head
+        while True:
+            old[moved] = flow[0]
+            number = self._attach(flow, target, 0)
+            if number < 0:
+                break
+            moved += 1
+            flow = flow.ring
+            if flow == head:
+                break
         if number < 0:
+            if moved:  # the first flow of a pair goes back to its old socket
+                self._detach(head)
+                _take_socket(head, &old[0])
             raise OSError(-number, os.strerror(-number))
-        self._detach(&old)
-        if generation != flow.generation:
-            self._leave(flow)
-            self._join(flow, generation)
-            self._schedule(flow)
+        for i in range(moved):
+            self._detach(&old[i])
+        if generation != head.generation:
+            self._leave(head)
+            self._join(head, generation)
+            self._schedule(head)
             self._arm()
-        flow.moves += 1
-        flow.refusals = 0
+        flow = head
+        while True:
+            flow.refusals = 0
+            flow = flow.ring
+            if flow == head:
+                break
+        head.moves += 1
         self._moved_sessions += 1
-        if flow.kept != NULL:
-            self._put(flow, True, flow.kept, flow.kept_size, 0, flow.kept_tos)
+        if head.kept != NULL:
+            self._put(head, True, head.kept, head.kept_size, 0, head.kept_tos)
+            self._flush(head.fd, head)
+        return True
+
+    # Clients whose target is still asked for
+
+    cdef void _ask_all(
+        self, Flow *head, uint8_t *data, uint32_t size, uint32_t segment, uint8_t tos
+    ) noexcept nogil:
+        """Send Binding requests to all targets that a session may have."""
+        cdef uint32_t step
+        cdef Flow *flow
+        cdef bint is_sure = self._candidates(head) == 1
+        while True:
+            step = min(size, segment) if segment else size
+            if not is_sure and (_kind(data, step) != KIND_STUN or _two(data) != STUN_REQUEST):
+                self._dropped[DROP_UNDECIDED] += 1
+            elif not is_sure and not self._may_ask(head.media):
+                self._dropped[DROP_ASK_LIMIT] += 1
+            else:
+                flow = head
+                while True:
+                    if flow.refusals == 0 or self._candidates(head) == 0:
+                        self._send_alone(flow, data, step, tos)
+                    flow = flow.ring
+                    if flow == head:
+                        break
+            data += step
+            size -= step
+            if not size:
+                return
+
+    cdef uint32_t _candidates(self, Flow *head) noexcept nogil:
+        """Return how many targets of an undecided session have not refused."""
+        cdef Flow *flow = head
+        cdef uint32_t count = 0
+        while True:
+            count += flow.refusals == 0
+            flow = flow.ring
+            if flow == head:
+                return count
+
+    cdef bint _may_ask(self, Media *media) noexcept nogil:
+        cdef uint64_t second = self._clock // 1000
+        if media.ask_second != second:
+            media.ask_second = second
+            media.asks = 0
+        if self._ask_second != second:
+            self._ask_second = second
+            self._asks = 0
+        if media.asks >= ASKS_EACH or self._asks >= ASKS:
+            return False
+        media.asks += 1
+        self._asks += 1
+        return True
+
+    cdef Flow *_answer(
+        self, Flow *flow, const uint8_t *data, uint32_t size, uint32_t segment
+    ) noexcept nogil:
+        """Take note of what a target says; return the flow that has its socket now.
+
+        The first target that knows the client is the session's from then on. NULL: it may be
+        another's client, and must not hear this.
+        """
+        cdef uint32_t step = min(size, segment) if segment else size
+        cdef uint32_t kind
+        cdef Flow *head = flow.head
+        if _is_undecided(head):
+            kind = _two(data) if _kind(data, step) == KIND_STUN else 0
+            if (
+                kind == STUN_SUCCESS
+                or (kind == STUN_ERROR and _error_code(data, step) == ROLE_CONFLICT)
+            ) and self._pin_count < MAX_PINS:
+                self._pins[self._pin_count].number = head.number
+                self._pins[self._pin_count].stamp = head.stamp
+                self._pins[self._pin_count].key = head.media.key
+                self._pin_count += 1
+                flow = self._pin(head, flow)
+                self._answered(head)
+            elif self._candidates(head) != 1:
+                return NULL
+        self._hear(flow, BY_TARGET, data, size, segment)
+        return flow
+
+    def pins(self):
+        cdef uint32_t i
+        cdef Flow *flow
+        self._require_open()
+        found = []
+        for i in range(self._pin_count):
+            flow = self._numbered_flow(self._pins[i].number, self._pins[i].stamp)
+            if flow != NULL:
+                found.append((_number(flow), self._pins[i].key, flow.target))
+        return found
+
+    # Goodbyes
+
+    def say_goodbye(
+        self, uint64_t session, bytes to_client not None, bytes to_target not None
+    ):
+        """Send RTCP to both sides of a session; see _fastpath.pyi."""
+        cdef Flow *head = self._session(session)
+        cdef Flow *flow
+        self._require_open()
+        if max(len(to_client), len(to_target)) > KEPT_SIZE:
+            raise ValueError(f"a goodbye has at most {KEPT_SIZE} bytes")
+        if head == NULL or _is_undecided(head):
+            return False
+        flow = self._rtcp_of(head)
+        if flow == NULL:
+            return False
+        self._clock = _now()
+        if to_client:
+            self._put(flow, False, <uint8_t *><char *>to_client, <uint32_t>len(to_client), 0, 0)
+            self._flush(self._listeners[flow.listener].fd, NULL)
+        if to_target:
+            self._put(flow, True, <uint8_t *><char *>to_target, <uint32_t>len(to_target), 0, 0)
             self._flush(flow.fd, flow)
         return True

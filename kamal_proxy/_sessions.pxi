@@ -12,6 +12,10 @@ cdef enum:
     EXPIRE_AT_ONCE = 256
     FAIR_CHANCE = 1000        # milliseconds in which a target may answer before a session is evicted
     CONFIRM = 2000            # milliseconds of silence that confirm a hint
+    WITHDRAWN = 5000          # milliseconds after which who still talks takes a hint back
+    CONSENT = 30000           # milliseconds without which ICE's consent has lapsed (RFC 7675 5.1)
+    UNDECIDED = 10000         # milliseconds of silence that end a session without a target
+    NEIGHBOURS = 256          # sessions of one address that are looked at for the other half of a pair
     PORT_TRIES = 64
     RECORD_BYTES = 72
     HEADER_ROOM = 52
@@ -47,11 +51,15 @@ cdef enum:
     DROP_UNREACHABLE
     DROP_REFUSED
     DROP_FAILED
+    DROP_UNDECIDED
+    DROP_HELD_BACK
+    DROP_ASK_LIMIT
     DROPS
 
 DROP_REASONS = (
     "truncated", "invalid", "paused", "stopped", "session_limit", "newcomer_backlog", "no_target",
     "no_socket", "buffer_full", "too_long", "unreachable", "refused", "failed",
+    "undecided", "held_back", "ask_limit",
 )
 
 cdef enum:
@@ -61,9 +69,15 @@ cdef enum:
     END_CLIENT_GONE
     END_CUT
     END_REMOVED
+    END_BYE
+    END_DTLS_CLOSED
+    END_CONSENT_LAPSED
     ENDS
 
-END_REASONS = ("idle", "unanswered", "evicted", "client_gone", "cut", "removed")
+END_REASONS = (
+    "idle", "unanswered", "evicted", "client_gone", "cut", "removed", "bye", "dtls_closed",
+    "consent_lapsed",
+)
 
 
 cdef struct Flow:
@@ -104,7 +118,10 @@ cdef struct Flow:
     uint32_t overflow         # the kernel's counter of answers it dropped, as last seen
     uint64_t refused_since    # milliseconds: the first of these refusals
     uint64_t refused_at       # milliseconds: the last refusal ever
-    uint64_t gone_since       # milliseconds: when the client's port refused, or 0
+    uint64_t gone_since       # milliseconds: when something hinted at the session's end, or 0
+    int gone_reason           # what it was
+    Media *media              # of the head of a session whose media are looked at, else NULL
+    Flow *rtcp                # of such a head: the flow that RTCP was seen on, or NULL
     uint32_t number
     uint32_t stamp
     uint32_t moves
@@ -144,12 +161,18 @@ cdef struct Generation:
     uint64_t live
     uint64_t ended[ENDS]
     Flow *members
+    bint media                # what its sessions carry is looked at
+    bint hurried              # its sessions end as soon as they are silent
+    Flow *cursor              # the next of its members that a goodbye is due to
 
 cdef struct Listener:
     bint used
     int fd
     uint16_t port             # network order
     bint inet                 # an AF_INET socket
+    bint leaving
+    bint is_rtcp              # of a pair, the one for RTCP
+    int32_t partner           # the other listener of the pair, or -1
     uint32_t overflow         # the kernel's counter of datagrams it dropped, as last seen
 
 
@@ -204,6 +227,27 @@ cdef inline uint64_t _heard(const Flow *flow) noexcept nogil:
     return max(flow.client_heard, flow.target_heard)
 
 
+cdef inline bint _is_undecided(const Flow *head) noexcept nogil:
+    """Return whether a session still asks several targets whose it is."""
+    return head.media != NULL and head.media.key != 0
+
+
+cdef inline bint _is_bound(const Flow *head) noexcept nogil:
+    """Return whether no other target could go on with a session: it has agreed on keys with one."""
+    return head.media != NULL and (head.media.key != 0 or head.media.ice or head.media.dtls)
+
+
+cdef bint _give_header(Flow *flow, bytes header) noexcept:
+    """Let a flow have what its datagrams to the target begin with; False without memory."""
+    if header:
+        flow.header = <uint8_t *>malloc(len(header))
+        if flow.header == NULL:
+            return False
+        memcpy(flow.header, <char *>header, len(header))
+        flow.header_size = <uint8_t>len(header)
+    return True
+
+
 cdef inline uint64_t _number(const Flow *flow) noexcept nogil:
     """Return what Python knows a session by."""
     return <uint64_t>flow.stamp << 32 | flow.number
@@ -219,6 +263,7 @@ cdef class SourcePorts:
     cdef PortMap *_maps
     cdef uint32_t _low
     cdef uint32_t _high
+    cdef uint8_t _avoided[8192]  # one bit per port
 
     def __cinit__(self, uint32_t low, uint32_t high):
         if not 1 <= low <= high <= 65535:
@@ -233,6 +278,47 @@ cdef class SourcePorts:
             ports = self._maps
             self._maps = ports.next
             free(ports)
+
+    def avoid(self, uint32_t low, uint32_t high):
+        """Take no port of a range from now on."""
+        self._mark(low, high, True)
+
+    def allow(self, uint32_t low, uint32_t high):
+        """Take ports of a range again."""
+        self._mark(low, high, False)
+
+    cdef int _mark(self, uint32_t low, uint32_t high, bint avoided) except -1:
+        cdef uint32_t port
+        if not 1 <= low <= high <= 65535:
+            raise ValueError("ports are from 1 to 65535")
+        for port in range(low, high + 1):
+            if avoided:
+                self._avoided[port >> 3] |= <uint8_t>(1 << (port & 7))
+            else:
+                self._avoided[port >> 3] &= <uint8_t>~(1 << (port & 7))
+        return 0
+
+    cdef inline bint _is_avoided(self, uint32_t port) noexcept nogil:
+        return self._avoided[port >> 3] >> (port & 7) & 1
+
+    cdef bint _is_taken_beside(self, const PortMap *ports, uint32_t port) noexcept nogil:
+        """Return whether a port leads to an address by another map.
+
+        A target with the ports of the listeners has one map for all of them.
+        """
+        cdef PortMap *other = self._maps
+        cdef sockaddr_in6 address
+        while other != NULL:
+            if (
+                other != ports and other.taken[port >> 3] >> (port & 7) & 1
+                and (other.address.sin6_port == 0 or ports.address.sin6_port == 0)
+            ):
+                address = other.address
+                address.sin6_port = ports.address.sin6_port
+                if memcmp(&address, &ports.address, sizeof(sockaddr_in6)) == 0:
+                    return True
+            other = other.next
+        return False
 
     cdef PortMap *_use(self, const sockaddr_in6 *address, uint64_t secret) noexcept nogil:
         """Return the map of an address, to be given back with _leave; NULL without memory."""
@@ -310,6 +396,9 @@ cdef class SessionTable:
     cdef uint32_t _generation_room
     cdef Listener *_listeners
     cdef uint32_t _listener_room
+    cdef uint32_t _listener_hint  # all places before it are taken
+    cdef bint _has_media      # there are, or were, sessions whose media are looked at
+    cdef uint64_t _undecided  # sessions that have no target yet
     # Counters.
     cdef uint64_t _dropped[DROPS]
     cdef uint64_t _ended[ENDS]
@@ -401,7 +490,7 @@ cdef class SessionTable:
             raise OSError(errno, os.strerror(errno))
         if name.sin6_family != AF_INET and name.sin6_family != AF_INET6:
             raise OSError(EINVAL, "the listener is no UDP socket")
-        for i in range(self._listener_room):
+        for i in range(self._listener_hint, self._listener_room):
             if not self._listeners[i].used:
                 break
         else:
@@ -421,27 +510,51 @@ cdef class SessionTable:
         listener.port = name.sin6_port  # at the same place in a sockaddr_in
         listener.inet = name.sin6_family == AF_INET
         listener.overflow = 0
+        listener.leaving = listener.is_rtcp = False
+        listener.partner = -1
+        self._listener_hint = i + 1
         return i
 
-    def unlisten(self, uint32_t number):
-        """Forget a listener; its sessions end."""
-        cdef epoll_event event
-        cdef Flow *flow
-        cdef Flow *following
-        cdef uint32_t i
+    cdef Listener *_listener(self, uint32_t number) except NULL:
         self._require_open()
         if number >= self._listener_room or not self._listeners[number].used:
             raise ValueError("there is no such listener")
+        return &self._listeners[number]
+
+    def unlisten(self, uint32_t number):
+        """Forget a listener; its sessions end."""
+        self.unlisten_all((number,))
+
+    def unlisten_all(self, numbers):
+        """Forget listeners; their sessions end. All sessions are looked at once."""
+        cdef epoll_event event
+        cdef Flow *head
+        cdef Flow *following
+        cdef Listener *listener
+        cdef uint32_t i, number
+        wanted = tuple(numbers)
+        for number in wanted:
+            self._listener(number)
+        for number in wanted:
+            self._listeners[number].leaving = True
         for i in range(self._generation_room):
-            flow = self._generations[i].members
-            while flow != NULL:
-                following = flow.member_next
-                if flow.listener == number:
-                    self._end(flow, END_REMOVED)
-                flow = following
+            head = self._generations[i].members
+            while head != NULL:
+                following = head.member_next
+                if (
+                    self._listeners[head.listener].leaving
+                    or self._listeners[head.ring.listener].leaving
+                ):
+                    self._end(head, END_REMOVED)
+                head = following
         self._bury()
-        epoll_ctl(self._epoll, EPOLL_CTL_DEL, self._listeners[number].fd, &event)
-        self._listeners[number].used = False
+        for number in wanted:
+            listener = &self._listeners[number]
+            if listener.used:  # not named twice
+                epoll_ctl(self._epoll, EPOLL_CTL_DEL, listener.fd, &event)
+                listener.used = listener.leaving = False
+                self._unpair(number)
+                self._listener_hint = min(self._listener_hint, number)
 
     def add_target(self, str host not None, uint16_t port, uint32_t scope=0):
         cdef uint32_t i
@@ -495,10 +608,14 @@ cdef class SessionTable:
         elif self._ports is not ports:
             raise ValueError("a relay keeps its source ports")
 
-    def add_generation(self, double idle, double unanswered, *, bint affinity=True):
+    def add_generation(
+        self, double idle, double unanswered, *, bint affinity=True, bint media=False
+    ):
         cdef uint32_t i
         cdef Generation *generation
         self._require_open()
+        if media and not affinity:
+            raise ValueError("media need affinity")
         for i in range(self._generation_room):
             if not self._generations[i].used:
                 break
@@ -513,6 +630,8 @@ cdef class SessionTable:
         memset(generation, 0, sizeof(Generation))
         generation.used = True
         generation.affinity = affinity
+        generation.media = media
+        self._has_media = self._has_media or media
         generation.idle = _milliseconds(idle)
         generation.unanswered = _milliseconds(unanswered)
         return i
@@ -551,11 +670,33 @@ cdef class SessionTable:
             return
         flow = self._generations[generation].members
         while flow != NULL:
-            if not flow.let_go:
-                flow.let_go = True
-                self._leaving += 1
-                self._unlist(flow)
-                self._schedule(flow)
+            self._let_go(flow)
+            flow = flow.member_next
+        self._arm()
+
+    cdef void _let_go(self, Flow *head) noexcept nogil:
+        """Let a session's client begin another one; this one ends once it is silent."""
+        cdef Flow *flow = head
+        if head.let_go:
+            return
+        head.let_go = True
+        self._leaving += 1
+        while True:
+            self._unlist(flow)
+            flow = flow.ring
+            if flow == head:
+                break
+        self._schedule(head)
+
+    def hurry(self, uint32_t generation):
+        """From now on the sessions of a generation end as soon as they are silent for a moment."""
+        cdef Flow *flow
+        self._require_generation(generation)
+        self._clock = _now()
+        self._generations[generation].hurried = True
+        flow = self._generations[generation].members
+        while flow != NULL:
+            self._schedule(flow)
             flow = flow.member_next
         self._arm()
 
@@ -569,7 +710,7 @@ cdef class SessionTable:
         flow = self._generations[generation].members
         while flow != NULL and <uint32_t>len(found) < count:
             if (
-                flow.target == target and flow.turn == NULL
+                flow.target == target and flow.turn == NULL and not _is_bound(flow)
                 and flow.asked > flow.target_heard and self._clock - flow.asked >= silence
                 and self._clock - flow.client_heard < silence
             ):
@@ -585,34 +726,46 @@ cdef class SessionTable:
 
     def adopt(self, uint32_t former, uint32_t generation, targets):
         """Make sessions of some targets those of another generation; see _fastpath.pyi."""
+        cdef Flow *head
         cdef Flow *flow
         cdef Flow *following
-        cdef Target *old
-        cdef Target *new
+        cdef bint moves
         self._require_generation(former)
         self._require_generation(generation)
         for target in targets.values():
             if target >= self._target_room or not self._targets[<uint32_t>target].held:
                 raise ValueError("there is no such target")
-        flow = self._generations[former].members
-        while flow != NULL:
-            following = flow.member_next
-            if flow.turn == NULL and flow.target in targets:
-                old = &self._targets[flow.target]
-                new = &self._targets[<uint32_t>targets[flow.target]]
-                if old.ports != NULL and new.ports == NULL:
-                    # The same map: it is the same address.
-                    new.ports = old.ports
-                    new.ports.users += 1
-                new.flows += 1
-                old.flows -= 1
-                self._release_target(flow.target)
-                flow.target = <uint16_t>(new - self._targets)
-                self._leave(flow)
-                self._join(flow, generation)
-                self._schedule(flow)
-            flow = following
+        head = self._generations[former].members
+        while head != NULL:
+            following = head.member_next
+            if head.turn == NULL:
+                moves = head.target in targets
+                flow = head
+                while True:
+                    if flow.target in targets:
+                        self._rename(flow, <uint32_t>targets[flow.target])
+                    flow = flow.ring
+                    if flow == head:
+                        break
+                if moves:
+                    self._leave(head)
+                    self._join(head, generation)
+                    self._schedule(head)
+            head = following
         self._arm()
+
+    cdef void _rename(self, Flow *flow, uint32_t number) noexcept nogil:
+        """Let a flow have another number for the address that it is connected to."""
+        cdef Target *old = &self._targets[flow.target]
+        cdef Target *new = &self._targets[number]
+        if old.ports != NULL and new.ports == NULL:
+            # The same map: it is the same address.
+            new.ports = old.ports
+            new.ports.users += 1
+        new.flows += 1
+        old.flows -= 1
+        self._release_target(flow.target)
+        flow.target = <uint16_t>number
 
     def end_some(self, uint32_t generation, uint32_t count, *, bint removed=False):
         """End up to ``count`` sessions of a generation; return how many are left."""
@@ -739,6 +892,7 @@ cdef class SessionTable:
         cdef uint32_t room = self._mask + 1, i
         cdef Flow **buckets
         cdef Flow **addresses
+        cdef Flow *head
         cdef Flow *flow
         if self._live < room or room >= <uint32_t>1 << 22:
             return 0
@@ -754,19 +908,24 @@ cdef class SessionTable:
         self._addresses = addresses
         self._mask = room * 2 - 1
         for i in range(self._generation_room):
-            flow = self._generations[i].members
-            while flow != NULL:
-                # Those that a retired generation without affinity has let go of stay out.
-                if flow.listed:
-                    self._list(flow)
-                flow = flow.member_next
+            head = self._generations[i].members
+            while head != NULL:
+                flow = head
+                while True:
+                    # Those that were let go, and all but one without affinity, stay out.
+                    if flow.listed:
+                        self._list(flow)
+                    flow = flow.ring
+                    if flow == head:
+                        break
+                head = head.member_next
         return 0
 
     # The life of a session
 
     cdef Flow *_begin(
         self, uint32_t generation, targets, const Newcomer *newcomer, bytes header, uint16_t port,
-        bint answered, uint64_t heard,
+        bint answered, uint64_t heard, uint64_t key=0,
     ) except NULL:
         """Begin a session: its flows, and all the lists that it is in."""
         cdef Flow *head = NULL
@@ -777,20 +936,20 @@ cdef class SessionTable:
         cdef uint32_t target, count = 0
         self._require_open()
         self._require_generation(generation)
+        chosen = &self._generations[generation]
+        if key and not chosen.media:
+            raise ValueError("only sessions of media ask for their target")
+        if chosen.affinity and not key and len(targets) > 1:
+            raise ValueError("a session with affinity has one target")
         self._grow_table()
         for target in targets:
             if target >= self._target_room or not self._targets[target].held:
                 raise ValueError("there is no such target")
         for target in targets:
-            flow = self._new_flow(target, port, &number)
-            if flow != NULL and header:
-                flow.header = <uint8_t *>malloc(len(header))
-                if flow.header == NULL:
-                    number = ENOMEM
-                else:
-                    memcpy(flow.header, <char *>header, len(header))
-                    flow.header_size = <uint8_t>len(header)
+            flow = self._new_flow(target, newcomer, port, &number)
             if flow != NULL:
+                if not _give_header(flow, header):
+                    number = ENOMEM
                 if head == NULL:
                     head = flow
                 else:
@@ -808,24 +967,16 @@ cdef class SessionTable:
             raise OSError(number, os.strerror(number))
         if head == NULL:
             raise ValueError("a session needs a target")
-        chosen = &self._generations[generation]
-        head.client = newcomer.client
-        head.local = newcomer.local
-        head.scope = newcomer.scope
-        head.client_port = newcomer.client_port
-        head.listener = newcomer.listener
-        head.hash = newcomer.hash
+        if chosen.media:
+            head.media = <Media *>calloc(1, sizeof(Media))
+            if head.media == NULL:
+                self._to_graveyard(head)
+                self._bury()
+                raise MemoryError
+            head.media.key = key
+            self._undecided += key != 0
         head.client_heard = head.target_heard = heard
         head.begun = self._clock
-        flow = head.ring
-        while flow != head:  # what sending to the client asks of a flow
-            flow.client = head.client
-            flow.local = head.local
-            flow.scope = head.scope
-            flow.client_port = head.client_port
-            flow.listener = head.listener
-            flow.generation = <uint16_t>generation
-            flow = flow.ring
         if not chosen.affinity:
             # Not all sessions begin with the same target: some clients send a single datagram.
             head.turn = last
@@ -848,7 +999,9 @@ cdef class SessionTable:
         self._arm()
         return head
 
-    cdef Flow *_new_flow(self, uint32_t target, uint16_t port, int *number) noexcept nogil:
+    cdef Flow *_new_flow(
+        self, uint32_t target, const Newcomer *newcomer, uint16_t port, int *number
+    ) noexcept nogil:
         """Make a flow with its socket; NULL with ``number`` set to the error if it can't be made."""
         cdef Flow *flow
         cdef uint32_t room, i
@@ -875,6 +1028,12 @@ cdef class SessionTable:
             number[0] = ENOMEM
             return NULL
         memset(flow, 0, sizeof(Flow))
+        flow.client = newcomer.client
+        flow.local = newcomer.local
+        flow.scope = newcomer.scope
+        flow.client_port = newcomer.client_port
+        flow.listener = newcomer.listener
+        flow.hash = newcomer.hash
         number[0] = -self._attach(flow, target, port)
         if number[0]:
             free(flow)
@@ -917,6 +1076,8 @@ cdef class SessionTable:
             generation.members = head.member_next
         if head.member_next != NULL:
             head.member_next.member_back = head.member_back
+        if generation.cursor == head:
+            generation.cursor = head.member_next
         generation.live -= 1
         if not generation.live:
             self._emptied = True
@@ -946,7 +1107,14 @@ cdef class SessionTable:
 
     cdef void _end(self, Flow *head, int reason) noexcept nogil:
         """End a session; its memory lives on in the graveyard until the batch is over."""
-        self._unlist(head)
+        cdef Flow *flow = head
+        while True:
+            self._unlist(flow)
+            flow = flow.ring
+            if flow == head:
+                break
+        if head.media != NULL and head.media.key:
+            self._undecided -= 1
         self._leave_slot(head)
         self._leave_unanswered(head)
         self._forget_kept(head)
@@ -978,8 +1146,92 @@ cdef class SessionTable:
         while self._graveyard != NULL:
             flow = self._graveyard
             self._graveyard = flow.member_next
+            if flow.media != NULL:
+                free(flow.media.voices[BY_CLIENT].cname)
+                free(flow.media.voices[BY_TARGET].cname)
+                free(flow.media)
             free(flow.header)
             free(flow)
+
+    # Pairs of ports: two flows, one session
+
+    def pair(self, uint32_t rtp, uint32_t rtcp):
+        """Say that two listeners are for RTP and RTCP of the same sessions."""
+        self._listener(rtp)
+        self._listener(rtcp)
+        if rtp == rtcp:
+            raise ValueError("a pair has two listeners")
+        self._unpair(rtp)
+        self._unpair(rtcp)
+        self._listeners[rtp].partner = <int32_t>rtcp
+        self._listeners[rtcp].partner = <int32_t>rtp
+        self._listeners[rtp].is_rtcp = False
+        self._listeners[rtcp].is_rtcp = True
+
+    cdef void _unpair(self, uint32_t number) noexcept nogil:
+        """Let a listener, and the one that was its partner, be of no pair."""
+        cdef int32_t other = self._listeners[number].partner
+        self._listeners[number].is_rtcp = False
+        self._listeners[number].partner = -1
+        if other >= 0:
+            self._listeners[other].is_rtcp = False
+            self._listeners[other].partner = -1
+
+    cdef Flow *_partner(self, const Newcomer *newcomer) noexcept nogil:
+        """Return the session whose other half a newcomer is, or NULL.
+
+        That of the same client address on the other port of the pair: best from the port beside
+        the newcomer's, else from any, as after address translation.
+        """
+        cdef Listener *listener = &self._listeners[newcomer.listener]
+        cdef uint32_t other
+        cdef uint16_t port
+        cdef Flow *flow
+        cdef int left = NEIGHBOURS
+        if listener.partner < 0:
+            return NULL
+        other = <uint32_t>listener.partner
+        port = htons(<uint16_t>(ntohs(newcomer.client_port) + (-1 if listener.is_rtcp else 1)))
+        flow = self._find(
+            self._hash(other, &newcomer.client, port), other, &newcomer.client, port,
+            newcomer.scope, &newcomer.local,
+        )
+        if flow != NULL and self._takes_leg(flow):
+            return flow
+        flow = self._address_place(&newcomer.client)[0]
+        while flow != NULL and left:
+            left -= 1
+            if (
+                flow.listener == other and _same(&flow.client, &newcomer.client)
+                and _same(&flow.local, &newcomer.local) and flow.scope == newcomer.scope
+                and self._takes_leg(flow)
+            ):
+                return flow
+            flow = flow.address_next
+        return NULL
+
+    cdef inline bint _takes_leg(self, const Flow *flow) noexcept nogil:
+        """Return whether a flow is all of its session, which has a target."""
+        return (
+            flow.ring == flow and flow.media != NULL and flow.media.key == 0 and not flow.let_go
+        )
+
+    cdef Flow *_add_leg(
+        self, Flow *head, const Newcomer *newcomer, bytes header, uint16_t port
+    ) except NULL:
+        """Give a session its second flow."""
+        cdef int number = 0
+        cdef Flow *leg = self._new_flow(head.target, newcomer, port, &number)
+        if leg != NULL and not _give_header(leg, header):
+            self._to_graveyard(leg)
+            self._bury()
+            number = ENOMEM
+        if number:
+            raise OSError(number, os.strerror(number))
+        leg.head = leg.ring = head
+        head.ring = leg
+        self._list(leg)
+        return leg
 
     # Upstream sockets
 
@@ -988,7 +1240,7 @@ cdef class SessionTable:
         cdef Target *target = &self._targets[place]
         cdef int number
         cdef epoll_event event
-        cdef int fd = self._open(target, port)
+        cdef int fd = self._open(target, self._listeners[flow.listener].port, port)
         if fd < 0:
             return fd
         if self._opens_sockets:
@@ -1022,13 +1274,17 @@ cdef class SessionTable:
         target.flows -= 1
         self._release_target(flow.target)
 
-    cdef int _open(self, Target *target, uint16_t port) noexcept nogil:
+    cdef int _open(self, Target *target, uint16_t same, uint16_t port) noexcept nogil:
         """Open the upstream socket of a session; return it, or the negative number of an error.
 
         Args:
+            same: The port, in network order, of a target that has the ports of the listeners.
             port: Source port that it must have, or 0.
         """
         cdef int fd, one = 1, size = 1048576, number
+        cdef sockaddr_in6 address = target.address
+        if address.sin6_port == 0:  # at the same place in a sockaddr_in
+            address.sin6_port = same
         if not self._opens_sockets:
             return 1 << 30  # nothing that any call would take for a descriptor
         fd = socket(target.address.sin6_family, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
@@ -1045,7 +1301,7 @@ cdef class SessionTable:
         number = 0
         if port or self._ports is not None:
             number = self._bind(fd, target, port)
-        if number == 0 and connect(fd, <sockaddr *>&target.address, target.size) < 0:
+        if number == 0 and connect(fd, <sockaddr *>&address, target.size) < 0:
             number = -errno
             self._leave_port(target, fd)
         if number < 0:
@@ -1075,7 +1331,10 @@ cdef class SessionTable:
         ports = target.ports
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(int))
         if port:
-            if ports.taken[port >> 3] >> (port & 7) & 1:
+            if (
+                ports.taken[port >> 3] >> (port & 7) & 1
+                or self._ports._is_taken_beside(ports, port)
+            ):
                 return -EADDRINUSE
             number = self._bind_to(fd, target, port)
             if number == 0:
@@ -1086,7 +1345,10 @@ cdef class SessionTable:
         tries = PORT_TRIES
         for _ in range(high - low + 1):
             place = place + 1 if low <= place < high else low
-            if ports.taken[place >> 3] >> (place & 7) & 1:
+            if (
+                ports.taken[place >> 3] >> (place & 7) & 1
+                or self._ports._is_avoided(place) or self._ports._is_taken_beside(ports, place)
+            ):
                 continue
             number = self._bind_to(fd, target, <uint16_t>place)
             if number == 0:
@@ -1128,14 +1390,62 @@ cdef class SessionTable:
         cdef Generation *generation = &self._generations[flow.generation]
         cdef uint64_t patience = generation.idle if flow.answered else generation.unanswered
         cdef uint64_t deadline
-        if flow.let_go:
+        if flow.let_go or generation.hurried:
             patience = min(patience, <uint64_t>CONFIRM)
+        if flow.media != NULL and flow.media.key:
+            patience = min(patience, <uint64_t>UNDECIDED)
         deadline = _heard(flow) + patience
         if patience >= COARSE:  # so that quiet sessions wake nobody more than once a second
             deadline = (deadline + 999) // 1000 * 1000
         if flow.gone_since:
-            deadline = min(deadline, flow.gone_since + CONFIRM)
+            deadline = min(deadline, self._gone_at(flow))
+        if flow.media != NULL and flow.media.ice:
+            deadline = min(deadline, self._lapsed_at(flow))
         return deadline
+
+    cdef uint64_t _gone_at(self, Flow *flow) noexcept nogil:
+        """Return when a hint at the session's end is confirmed if nothing more is heard.
+
+        A client whose port is closed is gone even while its target goes on sending. All else that
+        hints, anybody could have forged: both sides must have fallen silent.
+        """
+        if flow.gone_reason == END_CLIENT_GONE:
+            return flow.gone_since + CONFIRM
+        return max(flow.gone_since, _heard(flow)) + CONFIRM
+
+    cdef uint64_t _lapsed_at(self, Flow *flow) noexcept nogil:
+        """Return when nobody can go on any more for lack of consent (RFC 7675 5.1)."""
+        cdef uint64_t lapsed = flow.client_heard + CONSENT
+        if flow.media.waiting_since:
+            lapsed = min(
+                lapsed, max(flow.media.waiting_since + CONSENT, flow.target_heard + CONFIRM)
+            )
+        return lapsed
+
+    cdef void _hint(self, Flow *head, int reason) noexcept nogil:
+        """Take note that a session seems to be over; silence has to confirm that."""
+        if head.gone_since == 0:
+            head.gone_since = self._clock
+            head.gone_reason = reason
+            self._schedule(head)
+            self._arm()
+
+    cdef void _withdraw_hint(self, Flow *flow) noexcept nogil:
+        """Forget a hint if what was heard since then speaks against it."""
+        cdef uint64_t grace = 0 if flow.gone_reason == END_CLIENT_GONE else WITHDRAWN
+        cdef uint64_t heard = (
+            flow.client_heard if flow.gone_reason == END_CLIENT_GONE else _heard(flow)
+        )
+        if flow.gone_since and heard > flow.gone_since + grace:
+            flow.gone_since = 0
+
+    cdef int _why(self, Flow *flow) noexcept nogil:
+        """Return why a session that is over is over."""
+        if flow.gone_since and self._clock >= self._gone_at(flow):
+            return flow.gone_reason
+        if flow.media != NULL and flow.media.ice and self._clock >= self._lapsed_at(flow):
+            return END_CONSENT_LAPSED
+        return END_IDLE if flow.answered else END_UNANSWERED
 
     cdef void _schedule(self, Flow *flow) noexcept nogil:
         """Put a session where the wheel comes along at its deadline, or before."""
@@ -1200,14 +1510,11 @@ cdef class SessionTable:
                     break
                 left -= 1
                 flow = self._wheel[tick % WHEEL]
-                if flow.gone_since and flow.client_heard > flow.gone_since:
-                    flow.gone_since = 0
+                self._withdraw_hint(flow)
                 if self._clock < self._deadline(flow):
                     self._schedule(flow)
-                elif flow.gone_since:
-                    self._end(flow, END_CLIENT_GONE)
                 else:
-                    self._end(flow, END_IDLE if flow.answered else END_UNANSWERED)
+                    self._end(flow, self._why(flow))
             tick += 1
         self._arm()
 
@@ -1215,21 +1522,30 @@ cdef class SessionTable:
 
     def export(self, uint32_t generation, numbers):
         """Return the sessions of a generation as records; see _fastpath.pyi."""
+        cdef Flow *head
         cdef Flow *flow
         cdef uint8_t *record
         cdef uint64_t used = 0
         cdef bytes records
         self._require_generation(generation)
         self._clock = _now()
-        # One for each session there is; those that are not exported leave room at the end.
-        records = bytes(self._generations[generation].live * RECORD_BYTES)
+        # Two for each session there is, which may have that many flows; what is not used is cut off.
+        records = bytes(self._generations[generation].live * 2 * RECORD_BYTES)
         record = <uint8_t *><char *>records
-        flow = self._generations[generation].members
-        while flow != NULL:
-            if flow.turn == NULL and flow.target in numbers:
-                if self._write_record(record + used, flow, <uint16_t>numbers[flow.target]):
-                    used += RECORD_BYTES
-            flow = flow.member_next
+        head = self._generations[generation].members
+        while head != NULL:
+            if (
+                head.turn == NULL and head.target in numbers
+                and not _is_undecided(head) and not head.let_go
+            ):
+                flow = head
+                while True:
+                    if self._write_record(record + used, flow, <uint16_t>numbers[flow.target]):
+                        used += RECORD_BYTES
+                    flow = flow.ring
+                    if flow == head:
+                        break
+            head = head.member_next
         return records[:used]
 
     cdef bint _write_record(self, uint8_t *record, Flow *flow, uint16_t target_number) noexcept:
@@ -1249,11 +1565,15 @@ cdef class SessionTable:
             _mapped(&target, sin_address(<sockaddr_in *>address))
         ports[0] = htole16(ntohs(flow.client_port))
         ports[1] = htole16(ntohs(self._listeners[flow.listener].port))
-        ports[2] = htole16(ntohs(address.sin6_port))
+        ports[2] = htole16(
+            ntohs(address.sin6_port if address.sin6_port else self._listeners[flow.listener].port)
+        )
         ports[3] = htole16(flow.source_port)
         numbers[0] = htole32(flow.scope)
         numbers[1] = htole32(address.sin6_scope_id if address.sin6_family == AF_INET6 else 0)
-        numbers[2] = htole32(<uint32_t>min(self._clock - _heard(flow), <uint64_t>0xFFFFFFFF))
+        numbers[2] = htole32(
+            <uint32_t>min(self._clock - _heard(flow.head), <uint64_t>0xFFFFFFFF)
+        )
         target_number = htole16(target_number)
         memcpy(record, &flow.client, 16)
         memcpy(record + 16, &flow.local, 16)
@@ -1261,7 +1581,7 @@ cdef class SessionTable:
         memcpy(record + 48, ports, 8)
         memcpy(record + 56, numbers, 12)
         memcpy(record + 68, &target_number, 2)
-        record[70] = flow.answered
+        record[70] = flow.head.answered
         record[71] = 0
         return True
 
@@ -1272,12 +1592,12 @@ cdef class SessionTable:
     ):
         """Begin a session that an earlier process had; ``port`` is its upstream source port."""
         cdef Newcomer newcomer
+        cdef Flow *partner
         cdef uint64_t quiet = _milliseconds(idle)
         self._require_open()
         if len(client) != 18 or len(local) != 16 or len(header) > HEADER_ROOM:
             raise ValueError("client, local or header has the wrong size")
-        if listener >= self._listener_room or not self._listeners[listener].used:
-            raise ValueError("there is no such listener")
+        self._listener(listener)
         memset(&newcomer, 0, sizeof(newcomer))
         memcpy(&newcomer.client, <char *>client, 16)
         memcpy(&newcomer.client_port, <char *>client + 16, 2)
@@ -1290,6 +1610,10 @@ cdef class SessionTable:
             newcomer.hash, listener, &newcomer.client, newcomer.client_port, scope, &newcomer.local
         ) != NULL:
             raise ValueError("there is such a session already")
+        partner = self._partner(&newcomer)
+        if partner != NULL and partner.generation == generation and partner.target == target:
+            self._add_leg(partner, &newcomer, header, port)
+            return
         self._begin(
             generation, (target,), &newcomer, header, port, answered,
             self._clock - min(quiet, self._clock),

@@ -123,6 +123,7 @@ cdef extern from * nogil:
     uint32_t htole32(uint32_t)
     uint16_t htons(uint16_t)
     uint16_t ntohs(uint16_t)
+    uint32_t ntohl(uint32_t)
     ctypedef union epoll_data_t:
         void *ptr
         uint64_t u64

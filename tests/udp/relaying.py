@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import attrs
 import pytest
 
-from kamal_proxy._fastpath import RUN_EMPTIED, RUN_MORE, RUN_NEWCOMERS, RUN_REFUSED, Relay
+from kamal_proxy._fastpath import (
+    RUN_EMPTIED,
+    RUN_MORE,
+    RUN_NEWCOMERS,
+    RUN_PINNED,
+    RUN_REFUSED,
+    Relay,
+)
 from kamal_proxy.errors import ListenError
 from kamal_proxy.udp.ports import listen_udp
 
@@ -233,12 +240,16 @@ class Driver:
         header: What each datagram to a target begins with.
         decide: What becomes of a newcomer; by default it is admitted.
         refusals: All refusals that the relay told, in order.
+        pins: All sessions that found their target, in order: number, key, target.
         emptied: How often the relay told that a generation had become empty.
         turns: How often it ran.
+        pair: The last pair of ports that it listens on.
+        asked: How many newcomers have asked all targets; the last one's key.
     """
 
     def __init__(self, *addresses: str, sockets: bool = True) -> None:
         self.relay = Relay(bytes(range(16)), sockets=sockets)
+        self._addresses = addresses
         self.listeners = _listen(addresses)
         self.port: int = self.listeners[0].getsockname()[1]
         self.numbers = [self.relay.listen(sock.fileno()) for sock in self.listeners]
@@ -247,8 +258,11 @@ class Driver:
         self.header = b""
         self.decide: Callable[[Newcomer], None] = self.admit
         self.refusals: list[Refusal] = []
+        self.pins: list[tuple[int, int, int]] = []
         self.emptied = 0
         self.turns = 0
+        self.pair = (0, 0)
+        self.asked = 0
         self._peers: dict[int, Peer] = {}
         self._epoll = select.epoll()
         self._epoll.register(self.relay.fileno(), select.EPOLLIN)
@@ -262,6 +276,33 @@ class Driver:
         for peer in self._peers.values():
             peer.sock.close()
 
+    def listen(self, port: int) -> int:
+        """Listen on a further port of the first address; return the listener's number."""
+        sock = listen_udp(self._addresses[:1], port)[0]
+        self.listeners.append(sock)
+        self.numbers.append(self.relay.listen(sock.fileno()))
+        return self.numbers[-1]
+
+    def listen_to_pair(self, *addresses: str) -> list[tuple[Target, Target]]:
+        """Listen on a pair of ports, ``pair``; return targets that have the same ports."""
+        while True:
+            self.pair = free_range(2)
+            opened: list[Target] = []
+            try:
+                for address in addresses:
+                    opened += [Target(address, port) for port in self.pair]
+                break
+            except OSError:  # the ports are free on the first address only
+                for target in opened:
+                    target.sock.close()
+        self.relay.pair(*[self.listen(port) for port in self.pair])
+        for rtp, rtcp in zip(opened[::2], opened[1::2], strict=True):
+            rtp.number = rtcp.number = self.relay.add_target(rtp.where[0], 0)
+            self.targets.append(rtp.number)
+            self._watch(rtp)
+            self._watch(rtcp)
+        return list(zip(opened[::2], opened[1::2], strict=True))
+
     # Peers
 
     def client(
@@ -272,6 +313,14 @@ class Driver:
         client.to = (to or ("::1" if client.six else "127.0.0.1"), self.port)
         self._watch(client)
         return client
+
+    def caller(self, address: str = "127.0.0.1", *ports: int) -> tuple[Client, Client]:
+        """Open the two clients of a call, which send to ``pair``."""
+        clients = [self.client(address, port) for port in ports or (0, 0)]
+        for client, port in zip(clients, self.pair, strict=True):
+            client.to = (client.to[0], port)
+        rtp, rtcp = clients
+        return rtp, rtcp
 
     def target(self, address: str = "127.0.0.1", port: int = 0, *, trains: bool = False) -> Target:
         """Open a target and make it known to the relay; newcomers may be admitted to it."""
@@ -311,6 +360,21 @@ class Driver:
         """Begin the session of a newcomer with all targets."""
         self.relay.admit(newcomer.number, self.generation, self.targets, self.header)
 
+    def ask(self, newcomer: Newcomer) -> None:
+        """Begin the session of a newcomer whose target only the targets know."""
+        self.relay.admit(
+            newcomer.number, self.generation, self.targets, self.header, asking=1 + self.asked
+        )
+        self.asked += 1
+
+    def pair_up(self, newcomer: Newcomer) -> None:
+        """Let a newcomer be the other half of a session, or begin one."""
+        partner = self.relay.partner(newcomer.number)
+        if partner is None:
+            self.admit(newcomer)
+        else:
+            self.relay.join(newcomer.number, partner[0], self.header)
+
     def newcomers(self) -> list[Newcomer]:
         """Return those of the last turn."""
         return [Newcomer(*each) for each in self.relay.newcomers()]
@@ -323,6 +387,8 @@ class Driver:
                 self.decide(newcomer)
         if result & RUN_REFUSED:
             self.refusals += [Refusal(*each) for each in self.relay.refusals()]
+        if result & RUN_PINNED:
+            self.pins += self.relay.pins()
         if result & RUN_EMPTIED:
             self.emptied += 1
         self.turns += 1
