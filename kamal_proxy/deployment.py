@@ -107,10 +107,19 @@ Probe = Callable[[Target, HealthCheckOptions], Awaitable[ProbeResult]]
 
 @attrs.frozen
 class DrainResult:
-    """How a drain ended: requests that completed, and requests that were cut."""
+    """How a drain ended.
+
+    Attributes:
+        completed: Requests, or sessions, that ended by themselves.
+        cancelled: Those that were cut.
+        goodbyes: Sessions whose peers were told, by RTCP, that they end.
+        cut_unsaid: SRTP sessions that were cut without that.
+    """
 
     completed: int = 0
     cancelled: int = 0
+    goodbyes: int = 0
+    cut_unsaid: int = 0
 
     def __add__(self, other: DrainResult) -> DrainResult:
         """Return how both ended together."""

@@ -38,6 +38,14 @@ class Drained(Protocol):
     def cancelled(self) -> int:
         """How many were cut."""
 
+    @property
+    def goodbyes(self) -> int:
+        """How many sessions' peers were told that they end."""
+
+    @property
+    def cut_unsaid(self) -> int:
+        """How many SRTP sessions were cut without that."""
+
 
 class Report:
     """Tells whoever asked for a change what happens, with the time since it began.
@@ -69,6 +77,8 @@ class Report:
                 elapsed=self.elapsed,
                 completed=result.completed,
                 cancelled=result.cancelled,
+                goodbyes=result.goodbyes,
+                cut_unsaid=result.cut_unsaid,
             )
         )
 

@@ -60,9 +60,13 @@ PURE = {
     "state_format",
     "udp.affinity",
     "udp.drains",
+    "udp.ice",
     "udp.options",
+    "udp.ranges",
+    "udp.rtcp",
     "udp.saved_sessions",
     "udp.state_format",
+    "udp.stun",
 }
 IMPURE = {"trio", "socket", "ssl", "time", "random"}
 # ``router`` only names Service in types; service.py holds a live Deployment and is not pure.

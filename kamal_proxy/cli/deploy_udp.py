@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from kamal_proxy.cli.arguments import Bool, Duration, Int, Strings, Text
 from kamal_proxy.cli.output import Progress, counted
+from kamal_proxy.control.messages import Event
 from kamal_proxy.errors import UsageError
 from kamal_proxy.udp.options import (
     SessionOptions,
@@ -37,19 +38,28 @@ def deploy_udp(
         ),
     ] = None,
     port: Annotated[
-        Int, Parameter(help="UDP port to listen on; the --udp-port of run if not given")
+        Int,
+        Parameter(
+            help="UDP port to listen on; the --udp-port of run if not given, and none with "
+            "--protocol=webrtc"
+        ),
     ] = _UDP.port,
     protocol: Annotated[
-        Text, Parameter(help="What clients speak: udp, or webrtc (not supported yet)")
+        Text, Parameter(help="What clients speak: udp, or webrtc (also plain RTP)")
     ] = _UDP.protocol,
     port_ranges: Annotated[
-        Strings, Parameter(help="Ports of a WebRTC service, as 10000-20000; one range or two")
+        Strings,
+        Parameter(
+            help="Ports of a WebRTC service, as 10000-20000; one range or two. Each leads to the "
+            "port of the same number of the target"
+        ),
     ] = _UDP.port_ranges,
     rtcp_policy: Annotated[
         Text,
         Parameter(
-            help="Which ports of a WebRTC service are a pair for RTP and RTCP: adjacent, "
-            "separate-range or auto"
+            help="Which ports of the ranges are a pair for RTP and RTCP: adjacent (an even one and "
+            "the next), separate-range (those at the same place of two ranges) or auto (the latter "
+            "with two ranges)"
         ),
     ] = _UDP.rtcp_policy,
     session_affinity: Annotated[
@@ -139,6 +149,11 @@ def deploy_udp(
     it, or with the strategy immediate, the switch ends them. A target in both the old set and the
     new one keeps its sessions. Returns when the old sessions have ended, and prints how many
     ended by themselves and how many were cut.
+
+    With --protocol=webrtc the ports of --port-ranges are those of a media server: port 10000 leads
+    to port 10000 of the target, and the port in --target is only where its health is checked. Calls
+    that drain are told goodbye at the drain timeout where their protocol lets a proxy do so, and
+    cut at the force-kill timeout; how many were told, and how many could not be, is printed too.
     """
     if target is None:
         raise UsageError('required flag(s) "target" not set')
@@ -181,4 +196,14 @@ def deploy_udp(
     progress = Progress(sys.stderr, draining="on the old targets", unit="session", summary=False)
     with progress:
         done = ControlClient().deploy_udp(options, progress.show)
-    sys.stdout.write(f"{counted(done.completed, 'session')} completed, {done.cancelled} cut\n")
+    sys.stdout.write(f"{_summary(done, calls=protocol == 'webrtc')}\n")
+
+
+def _summary(done: Event, *, calls: bool) -> str:
+    """Return how the drain ended, in words; of calls also who was told goodbye."""
+    text = f"{counted(done.completed, 'session')} completed, {done.cancelled} cut"
+    if calls or done.goodbyes:
+        text += f", {done.goodbyes} got a BYE"
+    if done.cut_unsaid:
+        text += f"; {counted(done.cut_unsaid, 'SRTP session')} cut without goodbye"
+    return text

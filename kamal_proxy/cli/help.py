@@ -16,7 +16,6 @@ from kamal_proxy.cli.commands import ROOT, Command, find_command
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import UsageError
 from kamal_proxy.options import NOT_SUPPORTED_YET
-from kamal_proxy.udp.options import NOT_SUPPORTED_YET as UDP_NOT_SUPPORTED_YET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 _USUAL_WIDTH = 110  # where there is no terminal
 _MIN_TEXT = 30
 _MIN_NAME = 10  # columns of a command's name and the gap after it
-_UNSUPPORTED = NOT_SUPPORTED_YET | UDP_NOT_SUPPORTED_YET
 
 
 def help_command(*words: str) -> None:
@@ -102,7 +100,7 @@ def _flag_text(flag: Flag) -> str:
     text = flag.help
     if default := _default(flag):
         text += f" (default {default})"
-    if flag.name in _UNSUPPORTED:
+    if flag.name in NOT_SUPPORTED_YET:
         text += " [not supported yet]"
     return text
 

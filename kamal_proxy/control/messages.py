@@ -29,9 +29,11 @@ class ServiceDescription:
         name: Service name.
         hosts: Hosts; empty means every host.
         path_prefixes: Path prefixes.
-        udp_ports: Ports of a UDP service, such as ``udp/9999``; an HTTP service has none.
+        udp_ports: Ports of a UDP service, such as ``udp/9999`` and ``udp/10000-20000``; an HTTP
+            service has none.
         protocol: What a UDP service's clients speak, such as ``udp``; empty for HTTP.
         max_sessions: Most sessions of a UDP service at once; 0 for HTTP.
+        pairs_in_use: Pairs of ports for RTP and RTCP on which there are sessions.
         targets: ``host:port`` of each active target that may be written to.
         read_targets: ``host:port`` of each active target for reading only.
         rollout_targets: Like ``targets``, of the rollout.
@@ -54,6 +56,7 @@ class ServiceDescription:
     udp_ports: tuple[str, ...] = ()
     protocol: str = ""
     max_sessions: int = 0
+    pairs_in_use: int = 0
     targets: tuple[str, ...] = ()
     read_targets: tuple[str, ...] = ()
     rollout_targets: tuple[str, ...] = ()
@@ -83,6 +86,9 @@ class Event:
         in_flight: Requests, or sessions, whose end is waited for (``draining``).
         completed: Requests, or sessions, that finished during the drain (``done``).
         cancelled: Requests cut by the drain deadline, or sessions that were cut (``done``).
+        goodbyes: Sessions whose peers were told, by RTCP, that they end (``done``).
+        cut_unsaid: SRTP sessions that were cut without that, because only the peers have the keys
+            (``done``).
         code: Stable name of the error (``failed``).
         message: The error's sentence (``failed``).
         details: Further lines about the error (``failed``).
@@ -96,6 +102,8 @@ class Event:
     in_flight: int = 0
     completed: int = 0
     cancelled: int = 0
+    goodbyes: int = 0
+    cut_unsaid: int = 0
     code: str = ""
     message: str = ""
     details: tuple[str, ...] = ()

@@ -7,8 +7,10 @@ session goes to; moves no datagram.
 
 from __future__ import annotations
 
+import os
+from base64 import b64encode
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 import trio
@@ -20,14 +22,19 @@ from kamal_proxy.udp.affinity import affinity_key, choose, seed_of
 from kamal_proxy.udp.drains import DrainPlan
 from kamal_proxy.udp.names import LookupFailedError, SocketAddress, TargetName
 from kamal_proxy.udp.options import split_udp_target
+from kamal_proxy.udp.rtcp import goodbye
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
     from kamal_proxy._fastpath import Relay
     from kamal_proxy.logs import Log
     from kamal_proxy.udp.options import UdpHealthCheckOptions, UdpOptions
 
+_TOLD_AT_ONCE = 50  # calls; telling them takes about a millisecond
+_REASON = "server is being replaced"
+# A session, whether it is encrypted, and the sources and the name of its client and its target.
+_Call: TypeAlias = tuple[int, bool, tuple[int, ...], bytes, tuple[int, ...], bytes]
 _ENDED_AT_ONCE = 200  # sessions; closing their sockets takes about a millisecond
 _AVOIDED = 1.0  # seconds for which a target that refused is the last choice
 _LOOK_INTERVAL = 1.0  # seconds
@@ -138,14 +145,23 @@ class UdpDeployment:
         self._drained = trio.Event()
         self._result = DrainResult()
         self._cut = 0
+        self._goodbyes = 0
         self._removed = False
+        #: Sessions that have come while it drained: ICE clients of its targets.
+        self.joined = 0
+        #: Whether its sessions may be calls, which go to the ports of a target that their clients
+        #: send to here.
+        self.carries_calls = options.protocol == "webrtc"
         #: Whether it has ever served new sessions.
         self.served = False
         sessions = options.sessions
         self.options = options
         #: What the relay knows it by, while it runs.
         self.generation = relay.add_generation(
-            sessions.timeout, min(sessions.timeout, UNANSWERED), affinity=sessions.affinity
+            sessions.timeout,
+            min(sessions.timeout, UNANSWERED),
+            affinity=sessions.affinity,
+            media=options.protocol == "webrtc",
         )
         self.targets = tuple(
             UdpTarget(
@@ -250,12 +266,7 @@ class UdpDeployment:
 
         Not if it treats sessions in another way, or listens on another port.
         """
-        mine, theirs = self.options, successor.options
-        if (mine.port, mine.sessions.affinity, mine.sessions.proxy_protocol) != (
-            theirs.port,
-            theirs.sessions.affinity,
-            theirs.sessions.proxy_protocol,
-        ):
+        if _ways(self.options) != _ways(successor.options):
             return
         common: dict[int, int] = {}
         for target in self.targets:
@@ -358,6 +369,8 @@ class UdpDeployment:
         if number is None:
             host, port, *rest = address
             scope = rest[1] if rest else 0
+            if self.carries_calls:
+                port = 0  # that which the client sends to; the target's own is for its health
             number = self._relay.add_target(host.partition("%")[0], port, scope)
             target.numbers[address] = number
         return number
@@ -369,9 +382,34 @@ class UdpDeployment:
         """
         for target in self.targets:
             if target.text == name:
+                if self.carries_calls:  # the port is that of the session
+                    address = (address[0], target.port, *address[2:])
                 if target.current is None:
                     target.current, target.number = address, self._number(target, address)
                 return target.number if target.current[:2] == address[:2] else None
+        return None
+
+    # Addresses as those who look for a client's server know them
+
+    def addresses(self) -> Iterator[tuple[SocketAddress, int]]:
+        """Yield each target's present address, if it is known, and the relay's number for it."""
+        for target in self.targets:
+            if target.current is not None and target.number is not None:
+                yield target.current, target.number
+
+    def whose(self, number: int) -> tuple[str, SocketAddress] | None:
+        """Return target and address of a number of the relay's, None if it is of no target here."""
+        for target in self.targets:
+            for address, known in target.numbers.items():
+                if known == number:
+                    return target.text, address
+        return None
+
+    def number_at(self, name: str, address: SocketAddress) -> int | None:
+        """Return the relay's number for an address of a target, None if it has no such address."""
+        for target in self.targets:
+            if target.text == name and address in target.numbers:
+                return target.numbers[address]
         return None
 
     async def _look_after_stuck(self) -> None:
@@ -430,19 +468,74 @@ class UdpDeployment:
     # Draining
 
     async def _drain(self) -> None:
-        sessions = self._relay.sessions(self.generation)
-        self._relay.let_go(self.generation)
+        relay, plan, began = self._relay, self._plan, trio.current_time()
+        sessions = relay.sessions(self.generation)
+        relay.let_go(self.generation)
         self.notice_empty()
-        with trio.move_on_after(self._plan.cut_after):
-            await self._empty.wait()
-        while left := self._relay.sessions(self.generation):
-            self._cut += left - self._relay.end_some(
+        if plan.goodbye_after is not None:
+            await self._wait_empty(began + plan.goodbye_after)
+            await self._say_goodbye()
+        if plan.end_silent_after is not None:
+            await self._wait_empty(began + plan.end_silent_after)
+            relay.hurry(self.generation)
+        await self._wait_empty(began + plan.cut_after)
+        unsaid = 0 if self._removed else await self._count_encrypted()
+        while left := relay.sessions(self.generation):
+            self._cut += left - relay.end_some(
                 self.generation, _ENDED_AT_ONCE, removed=self._removed
             )
             await trio.lowlevel.checkpoint()
-        self._result = DrainResult(max(0, sessions - self._cut), self._cut)
+        completed = max(0, sessions + self.joined - self._cut)
+        self._result = DrainResult(completed, self._cut, self._goodbyes, unsaid)
         self._drained.set()
         self._relay.drop_generation(self.generation)
         for target in self.targets:
             for number in target.numbers.values():
                 self._relay.drop_target(number)
+
+    async def _wait_empty(self, deadline: float) -> None:
+        """Wait until no session is left, but not longer than until a time on Trio's clock."""
+        with trio.move_on_at(deadline):
+            await self._empty.wait()
+
+    async def _say_goodbye(self) -> None:
+        """Tell both sides of each call that it ends (RFC 3550 7.2), where that can be told.
+
+        Only plain RTP can be: SRTCP needs keys that only the two sides have.
+        """
+        async for session, encrypted, client, client_name, target, target_name in self._calls():
+            if not encrypted:
+                self._goodbyes += self._relay.say_goodbye(
+                    session,
+                    goodbye(target, target_name or _made_up_name(), _REASON) if target else b"",
+                    goodbye(client, client_name or _made_up_name(), _REASON) if client else b"",
+                )
+
+    async def _count_encrypted(self) -> int:
+        return sum([encrypted async for _, encrypted, *_ in self._calls()])
+
+    async def _calls(self) -> AsyncIterator[_Call]:
+        """Yield the sessions that there are now, and let others have their turns meanwhile."""
+        self._relay.begin_goodbye(self.generation)
+        while calls := self._relay.goodbyes(self.generation, _TOLD_AT_ONCE):
+            for call in calls:
+                yield call
+            await trio.lowlevel.checkpoint()
+
+
+def _ways(options: UdpOptions) -> tuple[object, ...]:
+    """Return what must be the same for a session to belong to another deployment's target."""
+    sessions = options.sessions
+    return (
+        options.port,
+        options.protocol,
+        options.port_ranges,
+        options.rtcp_policy,
+        sessions.affinity,
+        sessions.proxy_protocol,
+    )
+
+
+def _made_up_name() -> bytes:
+    """Return a CNAME for a source whose own was never seen (RFC 7022 4.2)."""
+    return b64encode(os.urandom(12))

@@ -31,6 +31,16 @@ _COUNTERS = {
         "Sessions that went to another target because theirs refused them.",
         (),
     ),
+    "goodbyes": (
+        "goodbyes_total",
+        "Calls whose peers were told, by RTCP, that they end, because their target was replaced.",
+        (),
+    ),
+    "cut_unsaid": (
+        "cut_unsaid_total",
+        "SRTP calls that were cut without that, because only their peers have the keys.",
+        (),
+    ),
     "datagrams": ("datagrams_total", "Datagrams that were sent on.", ("direction",)),
     "bytes": ("bytes_total", "Bytes of the datagrams that were sent on.", ("direction",)),
     "dropped": (
@@ -114,6 +124,8 @@ def _read(service: UdpService) -> Iterator[tuple[_Series, int]]:
     counters, name = service.relay.counters(), service.name
     for kind in ("created", "moved", "kernel_drops"):
         yield (kind, name), counters[kind]
+    yield ("goodbyes", name), service.drained.goodbyes
+    yield ("cut_unsaid", name), service.drained.cut_unsaid
     for kind in ("ended", "dropped"):
         for reason, count in counters[kind].items():
             if count:

@@ -7,12 +7,11 @@ rules, durations are seconds. What both kinds share is in ``rules``. Pure.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import attrs
 
 from kamal_proxy.durations import format_duration
-from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.rules import (
     MAX_NAME,
     require_between,
@@ -25,9 +24,6 @@ from kamal_proxy.rules import (
     target_port,
     texts,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 PROTOCOLS = ("udp", "webrtc")
 RTCP_POLICIES = ("adjacent", "separate-range", "auto")
@@ -165,11 +161,14 @@ class UdpOptions:
     """What a UDP service listens on, and how; saved with the service.
 
     Attributes:
-        port: UDP port to listen on; 0 means ``RunOptions.udp_port``.
-        protocol: ``udp`` or ``webrtc``. WebRTC is not served yet.
-        port_ranges: Ranges of ports of a WebRTC service, such as ``10000-20000``; at most two.
-        rtcp_policy: Which ports are a pair for RTP and RTCP: ``adjacent``, ``separate-range`` or
-            ``auto``.
+        port: UDP port to listen on; 0 means ``RunOptions.udp_port``, and with WebRTC none but those
+            of the ranges.
+        protocol: ``udp`` or ``webrtc``.
+        port_ranges: Ranges of ports of a WebRTC service, such as ``10000-20000``; at most two. Each
+            port stands for the one of the same number of every target.
+        rtcp_policy: Which ports of the ranges are a pair for RTP and RTCP: ``adjacent``, an even
+            one and the next; ``separate-range``, those at the same place of two ranges; ``auto``,
+            the latter if there are two ranges, else the former.
         sessions: How sessions are bound to targets.
         health_check: How targets are probed.
     """
@@ -187,6 +186,10 @@ class UdpOptions:
         require_word("protocol", self.protocol, PROTOCOLS)
         self._validate_ranges()
         require_word("rtcp-policy", self.rtcp_policy, RTCP_POLICIES)
+        if self.protocol == "webrtc":
+            self._validate_webrtc()
+        else:
+            self._validate_udp()
         self.sessions.validate()
         self.health_check.validate()
 
@@ -202,6 +205,31 @@ class UdpOptions:
                 raise InvalidOptionsError(
                     f"port-ranges {','.join(self.port_ranges)} must have no port in common"
                 )
+
+    def _validate_webrtc(self) -> None:
+        if not self.port_ranges and not self.port:
+            raise InvalidOptionsError(
+                "protocol webrtc must have port-ranges, such as 10000-20000, or a port"
+            )
+        if self.rtcp_policy == "separate-range" and len(self.port_ranges) < MAX_RANGES:
+            raise InvalidOptionsError(
+                "rtcp-policy separate-range must have two port-ranges, such as "
+                "10000-19999,20000-29999"
+            )
+        if not self.sessions.affinity:
+            raise InvalidOptionsError(
+                "session-affinity must not be off with protocol webrtc: a call stays on its target"
+            )
+
+    def _validate_udp(self) -> None:
+        if self.port_ranges:
+            raise InvalidOptionsError(
+                f"port-ranges {','.join(self.port_ranges)} must come with protocol webrtc"
+            )
+        if self.rtcp_policy != "auto":
+            raise InvalidOptionsError(
+                f"rtcp-policy {self.rtcp_policy} must come with protocol webrtc"
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -259,7 +287,6 @@ class UdpDeployOptions:
 
         Raises:
             InvalidOptionsError: a value can't work; the sentence names the option and the value.
-            NotSupportedYetError: an option whose behaviour is still to come.
         """
         require_service_name(self.service)
         if not self.targets:
@@ -272,25 +299,3 @@ class UdpDeployOptions:
             seen.add((host.lower(), port))
         self.udp_options.validate()
         self.deployment_options.validate()
-        for flag in unsupported_flags(self.udp_options):
-            raise NotSupportedYetError(
-                f"--{flag} is not supported yet by this version of kamal-proxy"
-            )
-
-
-NOT_SUPPORTED_YET = frozenset({"port-ranges", "rtcp-policy"})
-"""Flags that help texts must mark; ``protocol`` is not one, because it has a value that works."""
-
-
-def unsupported_flags(options: UdpOptions) -> Iterator[str]:
-    """Yield the flag of each option that asks for behaviour this version does not have.
-
-    An option at its default asks for nothing. Only the protocol's value is named with it.
-    """
-    defaults = UdpOptions()
-    if options.protocol != defaults.protocol:
-        yield f"protocol {options.protocol}"
-    if options.port_ranges:
-        yield "port-ranges"
-    if options.rtcp_policy != defaults.rtcp_policy:
-        yield "rtcp-policy"

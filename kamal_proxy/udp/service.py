@@ -1,29 +1,36 @@
 """One UDP service while it runs: its relay, its listeners, and the deployments that serve it.
 
-Owns the task that moves datagrams and every decision about a session's birth and its target; what
-is deployed, saved and told is ``services``' business.
+Owns the task that moves datagrams. Which target a session gets is ``admission``'s business; what is
+deployed, saved and told is ``services``'.
 """
 
 from __future__ import annotations
 
-import errno
-import math
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
-from kamal_proxy._fastpath import RUN_EMPTIED, RUN_MORE, RUN_NEWCOMERS, RUN_REFUSED, Relay
+from kamal_proxy._fastpath import (
+    RUN_EMPTIED,
+    RUN_MORE,
+    RUN_NEWCOMERS,
+    RUN_PINNED,
+    RUN_REFUSED,
+    Relay,
+)
 from kamal_proxy.control.messages import ServiceDescription
+from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import ShuttingDownError
 from kamal_proxy.health import TargetState
-from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.state_format import SavedPause
-from kamal_proxy.udp.affinity import affinity_key, seed_of
+from kamal_proxy.udp.admission import Admission, proxy_header
+from kamal_proxy.udp.affinity import seed_of
 from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment
+from kamal_proxy.udp.ranges import names_of, spans_of
 from kamal_proxy.udp.saved_sessions import RECORD, ServiceSessions, parse
 from kamal_proxy.udp.state_format import SavedUdpService
 
@@ -37,24 +44,11 @@ if TYPE_CHECKING:
 # proxy becomes ready; the relay of another UDP service can't end them.
 _LONG_TURN = 8  # milliseconds
 _SHORT_TURN = 1
-_TELL_INTERVAL = 10.0  # seconds
 # The kernel chooses a source port once per host, not once per target: some 28,000 in all. Above
 # half of that the relay chooses them itself.
 _MANY_SESSIONS = 14_000
 _RESTORED_AT_ONCE = 100
 _MODES = ("running", "paused", "stopped")  # as the relay counts them
-
-# No socket could be had: ending a session that nobody has answered makes room for one.
-_NO_ROOM = {
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOBUFS,
-    errno.ENOMEM,
-    errno.EAGAIN,
-    errno.EADDRNOTAVAIL,
-    errno.EADDRINUSE,
-}
-
 
 @attrs.define(eq=False)
 class Listening:
@@ -106,9 +100,7 @@ class UdpService:
         self.secret = seed_of(name)
         self._on_drained = on_drained
         self._source_ports = source_ports
-        self._log = log
         self._ports: dict[int, Listening] = {}
-        self._told: dict[str, float] = {}
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._started = trio.Event()
@@ -122,9 +114,19 @@ class UdpService:
         self.active: UdpDeployment | None = None
         self.pause = SavedPause()
         self.options: UdpOptions | None = None
+        #: How all drains so far have ended.
+        self.drained = DrainResult()
         #: Whether it has ever served anybody.
         self.served = False
         self.extra: Mapping[str, object] = {}
+        self._admission = Admission(
+            name,
+            self.relay,
+            self.deployments,
+            active=lambda: self.active,
+            has_room=has_room,
+            log=log,
+        )
 
     def __repr__(self) -> str:
         return f"<UdpService {self.name} ports={[*self._ports]} sessions={self.relay.live}>"
@@ -171,12 +173,25 @@ class UdpService:
             self._ports[listening.port] = listening
             listening.numbers[:] = [self.relay.listen(sock.fileno()) for sock in listening.sockets]
 
-    def unlisten(self, port: int) -> None:
-        """Take no more datagrams from a port; the sessions on it end. The caller closes it."""
-        listening = self._ports.pop(port)
-        for number in listening.numbers:
-            self.relay.unlisten(number)
-        listening.numbers.clear()
+    def pair(self, rtp: Listening, rtcp: Listening) -> None:
+        """Let the sessions of two ports, which are listened on, be one for each client."""
+        for numbers in zip(rtp.numbers, rtcp.numbers, strict=True):
+            self.relay.pair(*numbers)
+
+    def unlisten(self, ports: Iterable[int]) -> None:
+        """Take no more datagrams from some ports; the sessions on them end. The caller closes them.
+
+        Ports that are not listened on are passed over.
+        """
+        leaving = [self._ports.pop(port) for port in tuple(ports) if port in self._ports]
+        self.relay.unlisten_all([number for each in leaving for number in each.numbers])
+        for each in leaving:
+            each.numbers.clear()
+
+    @property
+    def pairs_in_use(self) -> int:
+        """How many sessions have both ports of a pair."""
+        return self.relay.pairs
 
     # Deployments
 
@@ -196,6 +211,7 @@ class UdpService:
             await deployment.run()
         finally:
             del self.deployments[deployment.generation]
+            self.drained += deployment.result
         self._on_drained(self, deployment)
 
     def install(self, deployment: UdpDeployment, options: UdpOptions) -> UdpDeployment | None:
@@ -205,7 +221,8 @@ class UdpService:
         if replaced is not None:
             replaced.hand_over(deployment)
         self.relay.limit = options.sessions.limit
-        if options.sessions.limit > _MANY_SESSIONS:
+        # Those of ranges of ports must not get a source port in such a range.
+        if options.sessions.limit > _MANY_SESSIONS or options.protocol == "webrtc":
             self.relay.use_ports(self._source_ports)
         return replaced
 
@@ -230,117 +247,24 @@ class UdpService:
     # Moving datagrams
 
     async def _move_datagrams(self) -> None:
-        relay, shed = self.relay, 0
+        relay, admission = self.relay, self._admission
         while True:
             await trio.lowlevel.wait_readable(relay.fileno())
             while True:
                 result = relay.run(_LONG_TURN if self._is_alone() else _SHORT_TURN)
+                if result & RUN_PINNED:
+                    admission.look_at_pins()
                 if result & RUN_NEWCOMERS:
-                    self._admit_newcomers()
+                    admission.admit_newcomers()
                 if result & RUN_REFUSED:
-                    try:
-                        self._look_at_refusals()
-                    except Exception as error:  # a bug must cost a move, not the proxy
-                        self._tell("UDP session not moved", error=repr(error))
-                if relay.shed != shed:
-                    shed = relay.shed
-                    self._tell("UDP sessions shed", reason="session_limit", limit=relay.limit)
+                    admission.look_at_refusals()
+                admission.tell_shed()
                 if result & RUN_EMPTIED or (result and len(self.deployments) > 1):
                     for deployment in self.deployments.values():
                         deployment.notice_empty()
                 if not result & RUN_MORE:
                     break
                 await trio.lowlevel.checkpoint()
-
-    def _admit_newcomers(self) -> None:
-        for number, _, client, local in self.relay.newcomers():
-            try:
-                self._admit(number, client, local)
-            except Exception as error:  # a bug must cost one newcomer, not the proxy
-                self._tell("UDP session failed", error=repr(error))
-
-    def _admit(self, number: int, client: bytes, local: bytes) -> None:
-        """Begin a session, or drop what its client has sent, for a reason that is counted."""
-        relay, active = self.relay, self.active
-        if active is None:
-            relay.refuse(number, "no_target")
-            return
-        options = active.options.sessions
-        if relay.full and not relay.evict():
-            relay.refuse(number, "session_limit")
-            return
-        generation, targets = active.generation, active.all_numbers()
-        if options.affinity:
-            generation, targets = self._find_target(active, number, client, local)
-        if not targets:
-            relay.refuse(number, "no_target")
-            self._tell("UDP sessions shed", reason="no_target")
-            return
-        header = _proxy_header(client, local) if options.proxy_protocol else b""
-        if not self._has_room(len(targets)) and not relay.evict():
-            relay.refuse(number, "no_socket")
-            self._tell("UDP sessions shed", reason="no_socket", error="too many open files")
-            return
-        for attempt in range(2):
-            try:
-                relay.admit(number, generation, targets, header)
-                break
-            except OSError as error:
-                if error.errno in _NO_ROOM and not attempt and relay.evict():
-                    continue
-                reason = "no_socket" if error.errno in _NO_ROOM else "unreachable"
-                relay.refuse(number, reason)
-                self._tell("UDP sessions shed", reason=reason, error=str(error))
-                return
-        if self._log.debug_enabled:
-            self._log.debug("UDP session begins", service=self.name, client=_text(client))
-
-    def _find_target(
-        self, active: UdpDeployment, number: int, client: bytes, local: bytes
-    ) -> tuple[int, tuple[int, ...]]:
-        """Return generation and target of a new session; no target if there is none."""
-        strategy = active.options.sessions.strategy
-        if strategy == "source-ip":
-            followed = self.relay.following(number)
-            if followed is not None:
-                generation, target = followed
-                deployment = self.deployments.get(generation)
-                if deployment is not None and deployment.may_follow(target):
-                    return generation, (target,)
-        chosen = active.choose(affinity_key(strategy, client, local))
-        numbers = () if chosen is None or chosen.number is None else (chosen.number,)
-        return active.generation, numbers
-
-    def _look_at_refusals(self) -> None:
-        for refusal in self.relay.refusals():
-            session, generation, number, affinity, answered, moves, count, span, *ends = refusal
-            deployment = self.deployments.get(generation)
-            if deployment is None or self.active is None:
-                continue
-            deployment.refused(number, answered=answered)
-            # One that was never answered asks each address once before it becomes patient.
-            patient = answered or moves >= deployment.address_count
-            if not affinity or not deployment.gives_up(
-                number, patient=patient, refusals=count, span=span
-            ):
-                continue
-            key = affinity_key(self.active.options.sessions.strategy, *ends)
-            other = self.active if deployment.retired else deployment
-            chosen = other.choose(key, without=number)
-            if chosen is None or chosen.number is None:
-                continue
-            try:
-                self.relay.move(session, other.generation, chosen.number)
-            except OSError as error:
-                self._tell("UDP session not moved", error=str(error))
-
-    def _tell(self, message: str, **fields: object) -> None:
-        """Log what strangers can cause as often as they like, but not as often as they do."""
-        now = trio.current_time()
-        key = f"{message} {fields.get('reason', '')}"
-        if now - self._told.get(key, -math.inf) >= _TELL_INTERVAL:
-            self._told[key] = now
-            self._log.info(message, service=self.name, **fields)
 
     # What is known of it
 
@@ -363,7 +287,8 @@ class UdpService:
         paused, stopped = self.pause.state == "paused", self.pause.state == "stopped"
         return ServiceDescription(
             name=self.name,
-            udp_ports=(f"udp/{self.options.port}",),
+            udp_ports=names_of(spans_of(self.options)),
+            pairs_in_use=self.pairs_in_use,
             protocol=self.options.protocol,
             max_sessions=self.options.sessions.limit,
             targets=self.active.target_names,
@@ -439,7 +364,7 @@ class UdpService:
                 continue
             client = session.client + session.client_port.to_bytes(2)
             local = session.local + session.listener_port.to_bytes(2)
-            header = _proxy_header(client, local) if active.options.sessions.proxy_protocol else b""
+            header = proxy_header(client, local) if active.options.sessions.proxy_protocol else b""
             try:
                 self.relay.restore(
                     listener,
@@ -473,18 +398,3 @@ def _bound_to(sock: socket.socket) -> bytes:
 
 def _mapped(text: str) -> bytes:
     return IPv6Address(f"::ffff:{text}").packed
-
-
-def _address(packed: bytes) -> tuple[str, int]:
-    """Return the text and port of an address (16 bytes) and port (2 bytes)."""
-    address = IPv6Address(packed[:16])
-    return str(address.ipv4_mapped or address), int.from_bytes(packed[16:])
-
-
-def _text(packed: bytes) -> str:
-    host, port = _address(packed)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _proxy_header(client: bytes, local: bytes) -> bytes:
-    return encode_v2(_address(client), _address(local), datagram=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -30,19 +29,15 @@ from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
 from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment, UdpTarget
 from kamal_proxy.udp.drains import plan_drain
+from kamal_proxy.udp.leases import Lease, Leases
 from kamal_proxy.udp.metrics import UdpMetrics
-from kamal_proxy.udp.ports import (
-    available_descriptors,
-    is_own,
-    kept_descriptors,
-    listen_udp,
-)
+from kamal_proxy.udp.ports import available_descriptors, is_own, kept_descriptors
 from kamal_proxy.udp.probe import probe_for
 from kamal_proxy.udp.saved_sessions import SessionsFormatError, decode, encode
-from kamal_proxy.udp.service import Listening, UdpService
+from kamal_proxy.udp.service import UdpService
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from kamal_proxy.control.messages import Event, ServiceDescription
     from kamal_proxy.health import ProbeResult
@@ -66,21 +61,6 @@ _LISTEN_AGAIN = 5.0  # seconds until a port is tried again that was taken at the
 _MAX_LOOKUPS = 20
 _UNWIND = 5.0  # seconds; what was cancelled takes no longer, and if it does nobody waits for it
 _SAVED_PER_SECOND = 4_000  # sessions; encoding so many takes less than a millisecond
-
-
-@attrs.define(eq=False)
-class _Port:
-    """A bound port.
-
-    Attributes:
-        owner: The service that it belongs to.
-        listening: Its listeners.
-        users: The deployments, and the deploys that go on, which need it.
-    """
-
-    owner: UdpService
-    listening: Listening
-    users: set[object] = attrs.field(factory=set)
 
 
 class UdpServices:
@@ -121,15 +101,16 @@ class UdpServices:
         # A thread of their own, as the HTTP services' state has one.
         self._saving = trio.CapacityLimiter(1)
         self._lookups = trio.CapacityLimiter(_MAX_LOOKUPS)
-        self._ports: dict[int, _Port] = {}
         self._running: dict[str, UdpService] = {}  # also those whose first deploy goes on
         self._pending_users: dict[str, int] = {}
         self._installed: dict[str, UdpService] = {}
         self._nursery: trio.Nursery | None = None
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
         self._saved_mark: tuple[object, object] = ([], [])  # nothing is saved of no service
-        self._room = 0  # upstream sockets that all services may have
+        self._room = 0  # listeners and upstream sockets that all services may have
         self._source_ports = SourcePorts(*_port_range())
+        self._leases = Leases(bind, self._source_ports, self._installed.values)
+        self._held: dict[UdpDeployment, Lease] = {}
         self._counters = UdpMetrics(metrics, self._running.values)
 
     # Starting and stopping
@@ -179,14 +160,13 @@ class UdpServices:
         service.install(deployment, saved.options)
         self._installed[saved.name] = service
         try:
-            self._bind_port(saved.options.port, service)
+            await self._listen_installed(service)
         except (ListenError, PortConflictError) as error:
             # A port that is taken must not keep the other services, and HTTP, from serving.
             self._log.error("UDP service can't listen yet", service=saved.name, error=str(error))
             if saved.name in sessions:
                 service.waiting_sessions, _ = sessions[saved.name]
-            listen_later = partial(self._listen_later, saved.options.port, service, sessions)
-            self._require_nursery().start_soon(listen_later)
+            self._require_nursery().start_soon(self._listen_later, service, sessions)
         else:
             await self._begin_restored(service, sessions)
 
@@ -204,21 +184,21 @@ class UdpServices:
         service.start_moving()
 
     async def _listen_later(
-        self,
-        port: int,
-        service: UdpService,
-        sessions: dict[str, tuple[ServiceSessions, float]],
+        self, service: UdpService, sessions: dict[str, tuple[ServiceSessions, float]]
     ) -> None:
         while True:
             await trio.sleep(_LISTEN_AGAIN)
-            # It may have been removed, or deployed with another port, meanwhile.
-            if self._installed.get(service.name) is not service or service.ports:
-                return
-            with contextlib.suppress(ListenError, PortConflictError):
-                self._bind_port(port, service, tell_owner=False)
-                self._log.info("UDP service listens", service=service.name, port=port)
-                await self._begin_restored(service, sessions)
-                return
+            async with self._commit:
+                # It may have been removed, or deployed anew, meanwhile.
+                if self._installed.get(service.name) is not service or service.ports:
+                    return
+                assert service.options is not None
+                with contextlib.suppress(ListenError, PortConflictError):
+                    await self._listen_installed(service, tell_owner=False)
+                    fields = _port_fields(service.options)
+                    self._log.info("UDP service listens", service=service.name, **fields)
+                    await self._begin_restored(service, sessions)
+                    return
 
     # Deploying
 
@@ -239,19 +219,19 @@ class UdpServices:
 
         Raises:
             DeployFailedError: the targets did not become healthy in time; nothing has changed.
-            PortConflictError: another service has the port.
-            ListenError: the port can't be bound.
+            PortConflictError: another service has one of the ports.
+            ListenError: one of the ports can't be bound.
             InvalidOptionsError: an option has a value that can't be used.
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
         options.validate()
         udp = options.udp_options
-        if not udp.port:
+        if not udp.port and udp.protocol == "udp":
             udp = attrs.evolve(udp, port=self._default_port)
         report = Report(progress, self._log)
         self._require_nursery()
-        fields = {"service": options.service, "targets": options.targets, "port": udp.port}
+        fields = {"service": options.service, "targets": options.targets, **_port_fields(udp)}
         self._log.info("Deploying UDP", **fields)
         switched = False
         try:
@@ -278,10 +258,10 @@ class UdpServices:
         Whatever comes between, nothing has changed.
         """
         name, deploying = options.service, options.deployment_options
-        with self._using(name):
+        async with self._using(name):
             service = await self._get_running(name)
             service.start_moving()
-            with self._using_port(udp.port, service) as listening:
+            async with self._leasing(service, udp) as lease:
                 self._check_descriptors(name, udp, len(options.targets))
                 deployment = self._new_deployment(
                     service, options.targets, udp, forced=deploying.force
@@ -303,12 +283,12 @@ class UdpServices:
                             service.extra = {}
                             replaced = service.install(deployment, udp)
                             self._installed[name] = service
-                            service.listen(listening)
-                            self._ports[udp.port].users.add(deployment)
+                            self._held[deployment] = lease
+                            installed = True
                             if replaced is not None:
-                                plan = plan_drain(deploying, has_goodbyes=False)
-                                replaced.retire(plan)
-                        installed = True
+                                calls = replaced.carries_calls
+                                replaced.retire(plan_drain(deploying, has_goodbyes=calls))
+                            await self._leases.listen(lease)
                 finally:
                     self._pending.discard(pending)
                     deployment.watch.on_probe = None
@@ -336,15 +316,16 @@ class UdpServices:
             await deployment.wait_drained()
 
     def _drained(self, service: UdpService, deployment: UdpDeployment) -> None:
-        """Leave the port of a deployment that is over, and say how its sessions ended."""
-        for port in tuple(self._ports):
-            self._release_port(port, deployment)
+        """Leave the ports of a deployment that is over, and say how its sessions ended."""
+        if (lease := self._held.pop(deployment, None)) is not None:
+            self._leases.give_back_soon(lease, self._nursery)
         if deployment.served:
             self._log.info(
                 "UDP service drained",
                 service=service.name,
                 completed=deployment.result.completed,
                 cut=deployment.result.cancelled,
+                **_goodbyes(deployment),
             )
 
     # Other changes
@@ -364,9 +345,9 @@ class UdpServices:
             del self._installed[name]
             service.uninstall()
             if name not in self._pending_users:
-                self._end_service(service)
-            for port in service.ports:  # a deploy that goes on keeps its port bound
-                service.unlisten(port)
+                await self._end_service(service)
+            else:  # a deploy that goes on keeps its ports bound
+                service.unlisten(service.ports)
         self._log.info("UDP service removed", service=name)
 
     async def pause(
@@ -474,21 +455,19 @@ class UdpServices:
         try:
             await service.run()
         finally:
-            self._close_ports(service)
+            self._leases.close_all(service)
 
-    def _end_service(self, service: UdpService) -> None:
-        """End a service that is not installed; its ports are free at once."""
+    async def _end_service(self, service: UdpService) -> None:
+        """End a service that is not installed, and free its ports; it is not interrupted."""
         service.end_sessions()
         if service.served:
             self._counters.keep(service)
         del self._running[service.name]
-        for port in service.ports:
-            service.unlisten(port)
-        self._close_ports(service)
+        await self._leases.give_back_all(service)
         service.close()
 
-    @contextlib.contextmanager
-    def _using(self, name: str) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _using(self, name: str) -> AsyncIterator[None]:
         """Keep a service while a deploy needs it; one that was never installed ends after that."""
         self._pending_users[name] = self._pending_users.get(name, 0) + 1
         try:
@@ -498,68 +477,25 @@ class UdpServices:
             if not self._pending_users[name]:
                 del self._pending_users[name]
                 if name not in self._installed and name in self._running:
-                    self._end_service(self._running[name])
+                    await self._end_service(self._running[name])
 
-    @contextlib.contextmanager
-    def _using_port(
-        self, port: int, service: UdpService, *, tell_owner: bool = True
-    ) -> Iterator[Listening]:
-        """Bind a port, if it is not, and keep it as long as somebody needs it.
-
-        Raises:
-            PortConflictError: another service has it.
-            ListenError: it can't be bound.
-        """
-        bound = self._ports.get(port)
-        owners = [] if bound is None else [bound.owner]
-        # Also those that could not bind theirs when the proxy started.
-        owners += [
-            other
-            for other in self._installed.values()
-            if other.options is not None and other.options.port == port
-        ]
-        for owner in owners:
-            if owner is not service:
-                raise PortConflictError(
-                    f"port {port} is used by another service",
-                    [f"service {owner.name} already listens on udp/{port}"],
-                )
-        if bound is None:
-            sockets = listen_udp(self._bind, port, tell_owner=tell_owner)
-            bound = self._ports[port] = _Port(service, Listening(port, sockets))
-        user = object()
-        bound.users.add(user)
+    @contextlib.asynccontextmanager
+    async def _leasing(self, service: UdpService, options: UdpOptions) -> AsyncIterator[Lease]:
+        """Bind the ports of a deploy, and leave them again unless a deployment has them by then."""
+        lease = await self._leases.take(service, options)
         try:
-            yield bound.listening
+            yield lease
         finally:
-            if self._ports.get(port) is bound:
-                self._release_port(port, user)
+            if lease not in self._held.values():
+                await self._leases.give_back(lease)
 
-    def _bind_port(self, port: int, service: UdpService, *, tell_owner: bool = True) -> None:
-        """Bind the port of a service that is installed, and read from it."""
-        with self._using_port(port, service, tell_owner=tell_owner) as listening:
-            service.listen(listening)
-            self._ports[port].users.add(service.active)
-
-    def _release_port(self, port: int, user: object) -> None:
-        """Close a port when the last who needed it is gone."""
-        bound = self._ports[port]
-        if user not in bound.users:
-            return
-        bound.users.discard(user)
-        if not bound.users:
-            if port in bound.owner.ports:
-                bound.owner.unlisten(port)
-            self._close_port(port)
-
-    def _close_port(self, port: int) -> None:
-        for sock in self._ports.pop(port).listening.sockets:
-            sock.close()
-
-    def _close_ports(self, service: UdpService) -> None:
-        """Close the ports of a service whose relay reads from them no more."""
-        for port in [port for port, bound in self._ports.items() if bound.owner is service]:
-            self._close_port(port)
+    async def _listen_installed(self, service: UdpService, *, tell_owner: bool = True) -> None:
+        """Bind the ports of a service that is installed, and read from them."""
+        assert service.active is not None
+        assert service.options is not None
+        lease = await self._leases.take(service, service.options, tell_owner=tell_owner)
+        self._held[service.active] = lease
+        await self._leases.listen(lease)
 
     def _check_descriptors(self, name: str, options: UdpOptions, targets: int) -> None:
         """Share the file descriptors with everything else; warn if they are too few."""
@@ -570,8 +506,10 @@ class UdpServices:
         }
         needed[name] = _sockets(options, targets)
         wanted = sum(needed.values())
-        available = available_descriptors(wanted, keep=kept_descriptors())
-        self._room = max(self._room, available)  # also where this deploy comes to nothing
+        listeners = self._leases.sockets_with(options)
+        room = available_descriptors(listeners + wanted, keep=kept_descriptors())
+        self._room = max(self._room, room)  # also where this deploy comes to nothing
+        available = max(0, room - listeners)
         if available < wanted:
             self._log.warning(
                 "The limit of open files allows fewer UDP sessions than --max-sessions",
@@ -583,7 +521,7 @@ class UdpServices:
     def _has_room(self, sockets: int) -> bool:
         """Return whether so many more upstream sockets leave enough descriptors to all others."""
         used = sum(service.relay.sockets for service in self._running.values())
-        return used + sockets <= self._room
+        return self._leases.sockets + used + sockets <= self._room
 
     def _new_deployment(
         self,
@@ -607,7 +545,10 @@ class UdpServices:
             service.relay,
             probe=probe,
             lookups=self._lookups,
-            is_own=lambda address: address[1] == options.port and is_own(address, self._bind),
+            is_own=lambda address: (
+                address[1] == options.port or options.protocol == "webrtc"
+            )
+            and is_own(address, self._bind),
             secret=service.secret,
             log=self._log,
             trusted=trusted,
@@ -705,11 +646,25 @@ class UdpServices:
         return {sessions.name: (sessions, document.saved_at) for sessions in document.services}
 
 
+def _goodbyes(deployment: UdpDeployment) -> dict[str, int]:
+    """Return what the log says of goodbyes, which only calls have."""
+    if not deployment.carries_calls:
+        return {}
+    result = deployment.result
+    return {"goodbyes": result.goodbyes, "cut_unsaid": result.cut_unsaid}
+
+
 def _port_range() -> tuple[int, int]:
     """Return the range that the kernel itself takes source ports from (ip(7))."""
     with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
         low, high = map(int, file.read().split())
     return low, high
+
+
+def _port_fields(options: UdpOptions) -> dict[str, object]:
+    """Return where a service listens, for the log."""
+    port = {"port": options.port} if options.port else {}
+    return port | ({"port_ranges": options.port_ranges} if options.port_ranges else {})
 
 
 def _sockets(options: UdpOptions, targets: int) -> int:

@@ -62,6 +62,12 @@ FLAGS: list[tuple[list[str], dict[str, Any]]] = [
     (["--port", "0x270F"], {"udp": {"port": 9999}}),
     (["--port=0"], {}),
     (["--protocol=udp", "--rtcp-policy=auto", "--port-ranges="], {}),
+    (["--protocol=webrtc", "--port=7882"], {"udp": {"protocol": "webrtc", "port": 7882}}),
+    (["--protocol=webrtc", "--port-ranges=50000-60000"],
+     {"udp": {"protocol": "webrtc", "port_ranges": ("50000-60000",)}}),
+    (["--protocol", "webrtc", "--port-ranges=100-200,300-400", "--rtcp-policy=separate-range"],
+     {"udp": {"protocol": "webrtc", "port_ranges": ("100-200", "300-400"),
+              "rtcp_policy": "separate-range"}}),
     (["--session-affinity=false"], {"sessions": {"affinity": False}}),
     (["--session-affinity"], {}),
     (["--session-affinity=false", "--session-affinity=T"], {}),
@@ -95,7 +101,8 @@ def test_flags_become_options(
 ) -> None:
     proxy.answer_events(DONE)
     argv = ["deploy-udp", "game", "--target=game-1:9999", *flags]
-    assert command(*argv) == (0, "0 sessions completed, 0 cut\n", "")
+    calls = ", 0 got a BYE" if "webrtc" in str(want) else ""
+    assert command(*argv) == (0, f"0 sessions completed, 0 cut{calls}\n", "")
     assert sent(proxy) == expected(**want)
 
 
@@ -127,16 +134,15 @@ def test_nothing_but_what_differs_is_sent(proxy: ScriptedProxy, command: Command
         (["--port=-1"], "port -1 must be from 0 to 65535"),
         (["--protocol=tcp"], "protocol 'tcp' must be one of udp, webrtc"),
         (["--protocol=webrtc"],
-         "--protocol webrtc is not supported yet by this version of kamal-proxy"),
-        (["--protocol=webrtc", "--port-ranges=10000-20000", "--rtcp-policy=adjacent"],
-         "--protocol webrtc is not supported yet by this version of kamal-proxy"),
+         "protocol webrtc must have port-ranges, such as 10000-20000, or a port"),
+        (["--protocol=webrtc", "--port=5", "--session-affinity=false"],
+         "session-affinity must not be off with protocol webrtc: a call stays on its target"),
         (["--port-ranges=10000-20000,30000-40000"],
-         "--port-ranges is not supported yet by this version of kamal-proxy"),
+         "port-ranges 10000-20000,30000-40000 must come with protocol webrtc"),
         (["--port-ranges=20000-10000"],
          "port-ranges '20000-10000' must be the first and the last port, from 1 to 65535, such as "
          "10000-20000"),
-        (["--rtcp-policy=adjacent"],
-         "--rtcp-policy is not supported yet by this version of kamal-proxy"),
+        (["--rtcp-policy=adjacent"], "rtcp-policy adjacent must come with protocol webrtc"),
         (["--rtcp-policy=near"],
          "rtcp-policy 'near' must be one of adjacent, separate-range, auto"),
         (["--affinity-strategy=random"],
@@ -178,6 +184,29 @@ def test_the_counts_of_the_drain_are_printed(
 ) -> None:
     proxy.answer_events(SWITCHED, {"event": "draining", "in_flight": 9}, {**DONE, **counts})
     assert command("deploy-udp", "game", "--target=game-1:9999") == (0, f"{line}\n", "")
+
+
+CALLS = ["--protocol=webrtc", "--port-ranges=10000-20000"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "counts", "line"),
+    [
+        (CALLS, {}, "0 sessions completed, 0 cut, 0 got a BYE"),
+        (CALLS, {"completed": 3, "cancelled": 2, "goodbyes": 4, "cut_unsaid": 1},
+         "3 sessions completed, 2 cut, 4 got a BYE; 1 SRTP session cut without goodbye"),
+        (CALLS, {"cancelled": 2, "cut_unsaid": 2},
+         "0 sessions completed, 2 cut, 0 got a BYE; 2 SRTP sessions cut without goodbye"),
+        # What is replaced may have been another thing than what replaces it.
+        ([], {"cancelled": 2, "goodbyes": 1}, "0 sessions completed, 2 cut, 1 got a BYE"),
+    ],
+)  # fmt: skip
+def test_who_was_told_goodbye_is_printed(
+    proxy: ScriptedProxy, command: Command, flags: list[str], counts: dict[str, int], line: str
+) -> None:
+    proxy.answer_events(SWITCHED, {**DONE, **counts})
+    argv = ["deploy-udp", "calls", "--target=media-1:7880", *flags]
+    assert command(*argv) == (0, f"{line}\n", "")
 
 
 CLEAR = "\r\033[K"

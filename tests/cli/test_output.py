@@ -72,7 +72,7 @@ def test_list_as_json_has_every_field(proxy: ScriptedProxy, command: Command) ->
     a, b = json.loads(out)
     empty = {
         "name": "a", "hosts": [], "path_prefixes": [], "udp_ports": [], "protocol": "",
-        "max_sessions": 0, "targets": [], "read_targets": [],
+        "max_sessions": 0, "pairs_in_use": 0, "targets": [], "read_targets": [],
         "rollout_targets": [], "rollout_read_targets": [], "rollout_active": False,
         "rollout_percentage": 0, "rollout_allowlist": [], "healthy": [], "state": "running",
         "stop_message": "", "max_pause": 2.0, "tls": False, "in_flight": 0, "draining": 0,
@@ -101,8 +101,9 @@ def test_list_of_udp_services(proxy: ScriptedProxy, command: Command) -> None:
 
 def test_list_of_udp_services_as_json(proxy: ScriptedProxy, command: Command) -> None:
     udp = {
-        "name": "b", "udp_ports": ["udp/9999"], "protocol": "udp", "max_sessions": 500,
-        "targets": ["game-1:9999"], "in_flight": 7, "draining": 2,
+        "name": "b", "udp_ports": ["udp/7882", "udp/50000-60000"], "protocol": "webrtc",
+        "max_sessions": 500, "pairs_in_use": 3, "targets": ["game-1:9999"],
+        "in_flight": 7, "draining": 2,
     }  # fmt: skip
     proxy.answer_json(200, {"services": [udp, {"name": "b", "path_prefixes": ["/"]}]})
     web, other = json.loads(command("list", "--json")[1])

@@ -79,7 +79,10 @@ def test_other_changes_survive_the_way(
 
 
 @pytest.mark.fuzz
-@given(st.builds(Event, event=NAMES, elapsed=SECONDS, ok=st.booleans(), details=LISTS))
+@given(st.builds(
+    Event, event=NAMES, elapsed=SECONDS, ok=st.booleans(), details=LISTS,
+    goodbyes=st.integers(0, 10**6), cut_unsaid=st.integers(0, 10**6),
+))  # fmt: skip
 def test_events_survive_the_way(event: Event) -> None:
     assert from_json(Event, json.loads(json.dumps(to_json(event)))) == event
 
@@ -89,7 +92,7 @@ def test_events_survive_the_way(event: Event) -> None:
     ServiceDescription, name=NAMES, hosts=LISTS, tls=st.booleans(), read_targets=LISTS,
     rollout_active=st.booleans(), rollout_percentage=st.integers(0, 100), rollout_allowlist=LISTS,
     stop_message=NAMES, max_pause=SECONDS, udp_ports=LISTS, protocol=NAMES,
-    max_sessions=st.integers(0, 10**6),
+    max_sessions=st.integers(0, 10**6), pairs_in_use=st.integers(0, 10**6),
 ))  # fmt: skip
 def test_descriptions_survive_the_way(description: ServiceDescription) -> None:
     again = from_json(ServiceDescription, json.loads(json.dumps(to_json(description))))

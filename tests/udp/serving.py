@@ -65,6 +65,7 @@ PATIENT: dict[str, Any] = {
 }
 UNANSWERED = b"?"  # what targets get from such a client they take without a word
 _SESSION_FIELDS = {field.name for field in attrs.fields(SessionOptions)}
+_MEDIA_FIELDS = {"protocol", "port_ranges", "rtcp_policy"}
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -131,9 +132,10 @@ def request(service: str, *targets: Target | str, port: int, **options: Any) -> 
         service: Its name.
         targets: Its targets.
         port: Its port.
-        options: Those of sessions and of the deploy, by their names; ``check`` has those of the
-            health check, which by default is none.
+        options: Those of sessions, of media and of the deploy, by their names; ``check`` has those
+            of the health check, which by default is none.
     """
+    media = {name: options.pop(name) for name in _MEDIA_FIELDS & options.keys()}
     sessions = {name: options.pop(name) for name in _SESSION_FIELDS & options.keys()}
     check: dict[str, Any] = {"method": "none", "interval": 0.05} | options.pop("check", {})
     return UdpDeployOptions(
@@ -141,6 +143,7 @@ def request(service: str, *targets: Target | str, port: int, **options: Any) -> 
         targets=tuple(str(target) for target in targets),
         udp_options=UdpOptions(
             port=port,
+            **media,
             sessions=SessionOptions(**sessions),
             health_check=UdpHealthCheckOptions(**check),
         ),
@@ -338,9 +341,11 @@ class World:
     port: int = attrs.field(factory=free_port)
     _stack: ExitStack = attrs.field(factory=ExitStack)
 
-    def target(self, name: str, *, host: str = LOCALHOST, silent: bool = False) -> Target:
+    def target(
+        self, name: str, *, host: str = LOCALHOST, port: int = 0, silent: bool = False
+    ) -> Target:
         """Return a new target, which answers."""
-        target = Target(name, host=host, silent=silent)
+        target = Target(name, port or free_port(), host, silent)
         target.live(self.nursery)
         self._stack.callback(target.close)
         return target
@@ -349,10 +354,13 @@ class World:
         self, host: str = LOCALHOST, port: int = 0, to: tuple[str, int] | None = None
     ) -> Client:
         """Return a new client of a service, by default of the one on this world's port."""
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._stack.enter_context(sock)
+        return Client(self.socket(host, port), to or (LOCALHOST, self.port))
+
+    def socket(self, host: str = LOCALHOST, port: int = 0) -> trio.socket.SocketType:
+        """Return a new socket, which is closed with this world."""
+        sock = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.bind((host, port))
-        return Client(trio.socket.from_stdlib_socket(sock), to or (LOCALHOST, self.port))
+        return trio.socket.from_stdlib_socket(sock)
 
     def close(self) -> None:
         """Close all of them."""
@@ -404,9 +412,11 @@ class Room:
         assert isinstance(self.services, Proxy)
         return self.services
 
-    def target(self, name: str, *, host: str = LOCALHOST, silent: bool = False) -> Target:
+    def target(
+        self, name: str, *, host: str = LOCALHOST, port: int = 0, silent: bool = False
+    ) -> Target:
         """Return a new target, which answers."""
-        return self.world.target(name, host=host, silent=silent)
+        return self.world.target(name, host=host, port=port, silent=silent)
 
     def client(
         self, host: str = LOCALHOST, port: int = 0, to: tuple[str, int] | None = None

@@ -320,8 +320,15 @@ async def test_too_few_descriptors_for_all_sessions_are_told_at_the_deploy(
         port = free_port()
         await room.deploy("other", *targets, limit=100, affinity=False, port=port)
         await room.deploy("other", *targets, limit=200, affinity=False, port=port)
-        assert asked == [300, 300 + 2 * 100, 300 + 2 * 200], "all services share them"
-        assert room.lines.of(message) == [{"service": "other", "wanted": 700, "available": 500}]
+        sessions = [300, 300 + 2 * 100, 300 + 2 * 200]
+        listeners = [1, 2, 2]
+        assert asked == [sum(both) for both in zip(sessions, listeners, strict=True)], (
+            "all services share them"
+        )
+        assert room.lines.of(message) == [
+            {"service": "other", "wanted": 500, "available": 498},
+            {"service": "other", "wanted": 700, "available": 498},
+        ]
 
 
 # Source ports

@@ -295,6 +295,8 @@ async def test_a_whole_proxy_shows_them(accept: str) -> None:
             "target_healthy": "gauge",
             "sessions_created": "counter",
             "sessions_moved": "counter",
+            "goodbyes": "counter",
+            "cut_unsaid": "counter",
             "datagrams": "counter",
             "bytes": "counter",
             "kernel_dropped_datagrams": "counter",

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kamal_proxy.control.messages import from_json, to_json
-from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.udp.options import (
     AFFINITY_STRATEGIES,
     DRAIN_STRATEGIES,
     HEALTH_CHECKS,
-    NOT_SUPPORTED_YET,
     PROTOCOLS,
     RTCP_POLICIES,
     SessionOptions,
@@ -27,7 +26,6 @@ from kamal_proxy.udp.options import (
     UdpOptions,
     split_port_range,
     split_udp_target,
-    unsupported_flags,
 )
 
 NAN = float("nan")
@@ -214,9 +212,14 @@ def test_values_that_cannot_work(options: Any, message: str) -> None:
         SessionOptions(limit=1_000_000, timeout=0.001),
         UdpOptions(),
         UdpOptions(port=65535),
-        # Nothing but a whole deploy asks whether this version can do it.
-        *(UdpOptions(protocol=word) for word in PROTOCOLS),
-        *(UdpOptions(rtcp_policy=word) for word in RTCP_POLICIES),
+        *(UdpOptions(protocol=word, port=1) for word in PROTOCOLS),
+        *(
+            UdpOptions(protocol="webrtc", port_ranges=("1-2", "5-9"), rtcp_policy=word)
+            for word in RTCP_POLICIES
+        ),
+        UdpOptions(protocol="webrtc", port_ranges=("1-2",)),
+        UdpOptions(protocol="webrtc", port_ranges=("1-2",), rtcp_policy="adjacent", port=1),
+        UdpOptions(protocol="webrtc", port=7882, rtcp_policy="adjacent"),
         *(UdpDeploymentOptions(drain_strategy=word) for word in DRAIN_STRATEGIES),
         UdpDeploymentOptions(drain_timeout=120.0),
         UdpDeploymentOptions(deploy_timeout=0.0, drain_timeout=0.0, force_kill_timeout=0.0),
@@ -251,8 +254,8 @@ def test_texts_that_are_no_port_ranges(text: str) -> None:
 
 
 def test_two_port_ranges() -> None:
-    UdpOptions(port_ranges=("10-20", "21-30")).validate()
-    UdpOptions(port_ranges=("21-30", "10-20")).validate()
+    UdpOptions(protocol="webrtc", port_ranges=("10-20", "21-30")).validate()
+    UdpOptions(protocol="webrtc", port_ranges=("21-30", "10-20")).validate()
 
 
 @pytest.mark.parametrize(
@@ -270,39 +273,31 @@ def test_port_ranges_are_at_most_two() -> None:
     )
 
 
-# --- what is still to come -----------------------------------------------------------------------
+# --- what belongs to one protocol only -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "message"),
     [
-        ({"protocol": "webrtc"}, "protocol webrtc"),
-        ({"port_ranges": ("1-2",)}, "port-ranges"),
-        ({"rtcp_policy": "adjacent"}, "rtcp-policy"),
+        ({"protocol": "webrtc"},
+         "protocol webrtc must have port-ranges, such as 10000-20000, or a port"),
+        ({"port_ranges": ("1-2", "5-6")}, "port-ranges 1-2,5-6 must come with protocol webrtc"),
+        ({"port_ranges": ("1-2",), "port": 9999},
+         "port-ranges 1-2 must come with protocol webrtc"),
+        ({"rtcp_policy": "adjacent"}, "rtcp-policy adjacent must come with protocol webrtc"),
+        ({"rtcp_policy": "separate-range", "port": 9999},
+         "rtcp-policy separate-range must come with protocol webrtc"),
         ({"rtcp_policy": "separate-range", "port_ranges": ("1-2",), "protocol": "webrtc"},
-         "protocol webrtc"),
+         "rtcp-policy separate-range must have two port-ranges, such as 10000-19999,20000-29999"),
+        ({"rtcp_policy": "separate-range", "port": 5, "protocol": "webrtc"},
+         "rtcp-policy separate-range must have two port-ranges, such as 10000-19999,20000-29999"),
+        ({"protocol": "webrtc", "port": 5, "sessions": SessionOptions(affinity=False)},
+         "session-affinity must not be off with protocol webrtc: a call stays on its target"),
     ],
 )  # fmt: skip
-def test_what_is_still_to_come_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
-    options = deploy(udp_options=UdpOptions(**fields))
-    with pytest.raises(NotSupportedYetError) as caught:
-        options.validate()
-    assert str(caught.value) == f"--{named} is not supported yet by this version of kamal-proxy"
-    assert named in NOT_SUPPORTED_YET | {"protocol webrtc"}
-
-
-def test_all_that_is_still_to_come_is_told() -> None:
-    options = UdpOptions(protocol="webrtc", port_ranges=("1-2",), rtcp_policy="adjacent")
-    assert list(unsupported_flags(options)) == ["protocol webrtc", "port-ranges", "rtcp-policy"]
-    assert list(unsupported_flags(UdpOptions())) == []
-
-
-def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
-    options = deploy(
-        udp_options=UdpOptions(protocol="webrtc"),
-        deployment_options=UdpDeploymentOptions(deploy_timeout=-1.0),
-    )
-    assert refusal(options) == "deploy-timeout must not be negative"
+def test_what_belongs_to_one_protocol_only(fields: dict[str, Any], message: str) -> None:
+    assert refusal(UdpOptions(**fields)) == message
+    assert refusal(deploy(udp_options=UdpOptions(**fields))) == message
 
 
 # --- as JSON -------------------------------------------------------------------------------------

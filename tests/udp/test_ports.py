@@ -22,9 +22,12 @@ from kamal_proxy.errors import ListenError
 from kamal_proxy.udp import ports
 from kamal_proxy.udp.ports import (
     BUFFER_SIZE,
+    RANGE_BUFFER_SIZE,
     RESERVED_DESCRIPTORS,
+    Binder,
     available_descriptors,
     listen_udp,
+    make_room,
     owner_of,
 )
 
@@ -193,7 +196,42 @@ def test_all_of_ipv6_leaves_room_for_all_of_ipv4() -> None:
             six.recv(1)
 
 
+def test_a_binder_binds_port_after_port(refused: set[tuple[int, int]]) -> None:
+    binder = Binder(["127.0.0.2", "127.0.0.3"])
+    assert binder.sockets_each == 2
+    with ExitStack() as stack:
+        found = [stack.enter_context(sock) for _ in range(3) for sock in binder.bind(0)]
+        hosts = [sock.getsockname()[0].removeprefix("::ffff:") for sock in found]
+        assert hosts == ["127.0.0.2", "127.0.0.3"] * 3
+        bound = [port_of(sock) for sock in found]
+        assert bound[::2] == bound[1::2]
+        assert len(set(bound)) == 3
+        with pytest.raises(ListenError, match=rf"^listen udp 127\.0\.0\.2:{bound[2]}: bind: "):
+            binder.bind(bound[2])
+        assert {sock.fileno() for sock in Refusing.made} - {sock.fileno() for sock in found} == {-1}
+
+
+def test_an_address_that_comes_later_can_be_bound_then() -> None:
+    """As that of an interface that is not up yet when the proxy starts."""
+    binder = Binder(["2001:db8::77"])
+    for _ in range(2):
+        with pytest.raises(ListenError, match=r"^listen udp \[2001:db8::77\]:9: "):
+            binder.bind(9)
+
+
 # Options
+
+
+def test_the_buffer_of_a_port_of_a_range_is_smaller() -> None:
+    binder = Binder(["127.0.0.2"])
+    (small,), (large,) = binder.bind(0, buffer=RANGE_BUFFER_SIZE), binder.bind(0)
+    with small, large, socket.socket(type=socket.SOCK_DGRAM) as plain:
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            plain.setsockopt(socket.SOL_SOCKET, option, RANGE_BUFFER_SIZE)
+            possible = plain.getsockopt(socket.SOL_SOCKET, option)
+            size = small.getsockopt(socket.SOL_SOCKET, option)
+            assert possible <= size <= 2 * RANGE_BUFFER_SIZE
+            assert size <= large.getsockopt(socket.SOL_SOCKET, option)
 
 
 def test_the_buffers_are_raised() -> None:
@@ -529,6 +567,31 @@ def test_the_hard_limit_holds() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert done.stdout == f"{1024 - RESERVED_DESCRIPTORS} (1024, 1024) 0\n".encode()
+
+
+def test_too_few_descriptors_for_ranges() -> None:
+    script = (
+        "import resource as r; from kamal_proxy.udp.ports import require_descriptors as need;"
+        "r.setrlimit(r.RLIMIT_NOFILE, (256, 1024));"
+        "need('1-668', 668); print(r.getrlimit(r.RLIMIT_NOFILE)); need('1-669', 669)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.stdout == b"(1024, 1024)\n", "a quarter is kept, and something for sessions"
+    assert done.stderr.decode().splitlines()[-1] == (
+        "kamal_proxy.errors.ListenError: port-ranges 1-669 need a limit of 1025 open files, and it "
+        "is 1024; raise it (ulimit -n, LimitNOFILE of systemd, --ulimit nofile of docker)"
+    )
+
+
+def test_room_for_many_descriptors_takes_none() -> None:
+    script = (
+        "import os, resource as r; from kamal_proxy.udp.ports import make_room;"
+        "r.setrlimit(r.RLIMIT_NOFILE, (900, 1024)); before = len(os.listdir('/proc/self/fd'));"
+        "make_room(700); make_room(1_000_000); print(len(os.listdir('/proc/self/fd')) - before);"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if 'FDSize' in line])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout == b"0\n1024\n"
 
 
 def test_a_limit_that_can_not_be_raised(

@@ -34,7 +34,7 @@ CALLS = SavedUdpService(
         port_ranges=("10000-19999", "20000-29999"),
         rtcp_policy="separate-range",
         sessions=SessionOptions(
-            affinity=False, strategy="source-ip", timeout=0.5, limit=7, proxy_protocol=True
+            affinity=True, strategy="source-ip", timeout=0.5, limit=7, proxy_protocol=True
         ),
         health_check=UdpHealthCheckOptions(
             method="http", path="/health", port=7880, interval=2, timeout=1.5
@@ -52,7 +52,7 @@ SAMPLE = (
     rb'"pause_controller":{"state":0,"stop_message":"","fail_after":0}},'
     rb'{"name":"calls","options":{"port":0,"protocol":"webrtc",'
     rb'"port_ranges":["10000-19999","20000-29999"],"rtcp_policy":"separate-range",'
-    rb'"session_affinity":false,"affinity_strategy":"source-ip","session_timeout":500000000,'
+    rb'"session_affinity":true,"affinity_strategy":"source-ip","session_timeout":500000000,'
     rb'"max_sessions":7,"proxy_protocol":true,"health_check":{"method":"http","path":"/health",'
     rb'"port":7880,"interval":2000000000,"timeout":1500000000}},'
     rb'"active_targets":["10.0.0.1:7880","[::1]:7880"],'
@@ -139,6 +139,14 @@ WRONG = [
     (b"[" * 100_000, "nested too deeply"),
     (document({"name": "a"}), "service 'a': options.port is missing"),
     (document({"name": "a", "options": {"port": 0}}), "service 'a': options.port is missing"),
+    (
+        document({"name": "a", "options": {"protocol": "webrtc"}}),
+        "service 'a': protocol webrtc must have port-ranges, such as 10000-20000, or a port",
+    ),
+    (
+        document({"name": "a", "options": {"port": 1, "port_ranges": ["1-2"]}}),
+        "service 'a': port-ranges 1-2 must come with protocol webrtc",
+    ),
     (document({"name": "a", "options": []}), "service 'a': options must be an object"),
     (document({"name": "a", "options": {"port": "1"}}), "options.port must be a whole number"),
     (document({"name": "a", "options": {"port": 65536}}), "service 'a': port 65536 must be from"),
@@ -221,6 +229,7 @@ def test_a_state_cut_anywhere_is_refused() -> None:
     [
         attrs.evolve(GAME, name=""),
         attrs.evolve(GAME, options=UdpOptions()),
+        attrs.evolve(GAME, options=UdpOptions(protocol="webrtc")),
         attrs.evolve(GAME, options=UdpOptions(port=9999, sessions=SessionOptions(limit=0))),
         attrs.evolve(GAME, targets=("no target",)),
         attrs.evolve(GAME, extra={"x": float("nan")}),
@@ -239,16 +248,15 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2),
     max_leaves=5,
 )
+shared_sessions = {
+    "strategy": st.sampled_from(AFFINITY_STRATEGIES),
+    "timeout": seconds,
+    "limit": st.integers(1, MAX_SESSIONS),
+    "proxy_protocol": st.booleans(),
+}
+sessions = st.builds(SessionOptions, affinity=st.booleans(), **shared_sessions)
+sessions_of_calls = st.builds(SessionOptions, **shared_sessions)
 shared = {
-    "rtcp_policy": st.sampled_from(RTCP_POLICIES),
-    "sessions": st.builds(
-        SessionOptions,
-        affinity=st.booleans(),
-        strategy=st.sampled_from(AFFINITY_STRATEGIES),
-        timeout=seconds,
-        limit=st.integers(1, MAX_SESSIONS),
-        proxy_protocol=st.booleans(),
-    ),
     "health_check": st.builds(
         UdpHealthCheckOptions,
         method=st.sampled_from(HEALTH_CHECKS),
@@ -258,12 +266,24 @@ shared = {
         timeout=seconds,
     ),
 }
-options = st.builds(UdpOptions, port=ports, **shared) | st.builds(
-    UdpOptions,
-    port=st.integers(0, 65_535),
-    protocol=st.just("webrtc"),
-    port_ranges=st.sampled_from([(), ("1-65535",), ("1-2", "3-3"), ("40-50", "10-20")]),
-    **shared,
+calls = {"protocol": st.just("webrtc"), "sessions": sessions_of_calls, **shared}
+options = (
+    st.builds(UdpOptions, port=ports, sessions=sessions, **shared)
+    | st.builds(
+        UdpOptions,
+        port=st.integers(0, 65_535),
+        port_ranges=st.sampled_from([("1-2", "3-3"), ("40-50", "10-20")]),
+        rtcp_policy=st.sampled_from(RTCP_POLICIES),
+        **calls,
+    )
+    | st.builds(
+        UdpOptions,
+        port=ports,
+        port_ranges=st.sampled_from([(), ("1-65535",)]),
+        rtcp_policy=st.sampled_from(["adjacent", "auto"]),
+        **calls,
+    )
+    | st.builds(UdpOptions, port_ranges=st.just(("7-8",)), **calls)
 )
 services = st.builds(
     SavedUdpService,

@@ -1,0 +1,279 @@
+"""Decides which target a client's session gets, and when it gets another one.
+
+The relay asks when a client has no session, when a target refuses, and when a target has recognised
+a client as its own; it tells lists of these after each run. Owns what was learned of ICE; owns no
+deployment, and moves no datagram.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from ipaddress import IPv6Address
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy.proxy_protocol import encode_v2
+from kamal_proxy.udp.affinity import affinity_key
+from kamal_proxy.udp.ice import AskLimits, UfragMap
+from kamal_proxy.udp.stun import parse_binding_request_untrusted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from kamal_proxy._fastpath import Relay
+    from kamal_proxy.logs import Log
+    from kamal_proxy.udp.deployment import UdpDeployment
+    from kamal_proxy.udp.names import SocketAddress
+
+_TELL_INTERVAL = 10.0  # seconds
+_MAX_UFRAGS = 65_536
+_MAX_CANDIDATES = 16  # targets that one Binding request goes to
+_KEY_MASK = (1 << 64) - 1
+
+# No socket could be had: ending a session that nobody has answered makes room for one.
+_NO_ROOM = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EADDRNOTAVAIL,
+    errno.EADDRINUSE,
+}
+
+
+class Admission:
+    """What one UDP service decides about sessions.
+
+    Args:
+        service: Its name, for the log.
+        relay: Its relay.
+        deployments: Its deployments that are not drained, by the number of their generation; looked
+            at again and again.
+        active: Returns the one that serves new sessions, or None.
+        has_room: Whether so many more upstream sockets may be opened.
+        log: Where is said what was shed.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        relay: Relay,
+        deployments: Mapping[int, UdpDeployment],
+        *,
+        active: Callable[[], UdpDeployment | None],
+        has_room: Callable[[int], bool],
+        log: Log,
+    ) -> None:
+        self._service = service
+        self._relay = relay
+        self._deployments = deployments
+        self._active = active
+        self._has_room = has_room
+        self._log = log
+        self._told: dict[str, float] = {}
+        self._shed = 0
+        # ICE: whose a client is, by the key of the user name fragment that its server gave it.
+        self._ufrags: UfragMap[tuple[str, SocketAddress]] = UfragMap(_MAX_UFRAGS)
+        self._limits = AskLimits()
+
+    # Clients without a session
+
+    def admit_newcomers(self) -> None:
+        """Begin the sessions of the clients that the relay has found in its last run."""
+        for number, _, client, local in self._relay.newcomers():
+            try:
+                self._admit(number, client, local)
+            except Exception as error:  # a bug must cost one newcomer, not the proxy
+                self._tell("UDP session failed", error=repr(error))
+
+    def _admit(self, number: int, client: bytes, local: bytes) -> None:
+        """Begin a session, or drop what its client has sent, for a reason that is counted."""
+        relay, active = self._relay, self._active()
+        if active is None:
+            relay.refuse(number, "no_target")
+            return
+        options = active.options.sessions
+        header = proxy_header(client, local) if options.proxy_protocol else b""
+        asking, known = 0, None
+        generation, targets = active.generation, active.all_numbers()
+        if active.carries_calls:
+            request = parse_binding_request_untrusted(relay.opening(number))
+            if request is not None:
+                asking = hash(request.ufrag) & _KEY_MASK or 1
+                known = self._find_known(asking)
+                if known is not None:
+                    generation, targets, asking = known[0], (known[1],), 0
+                else:
+                    targets = self._candidates(active)
+            elif (partner := relay.partner(number)) is not None:
+                self._open(number, 1, lambda: relay.join(number, partner[0], header))
+                return
+        if relay.full and not relay.evict():
+            relay.refuse(number, "session_limit")
+            return
+        if asking:
+            if not self._limits.may_ask(relay.undecided, relay.undecided_from(number)):
+                relay.refuse(number, "ask_limit")
+                self._tell("UDP sessions shed", reason="ask_limit")
+                return
+        elif options.affinity and known is None:
+            generation, targets = self._choose(active, number, client, local)
+        if not targets:
+            relay.refuse(number, "no_target")
+            self._tell("UDP sessions shed", reason="no_target")
+            return
+        begun = self._open(
+            number,
+            len(targets),
+            lambda: relay.admit(number, generation, targets, header, asking=asking),
+        )
+        if begun and self._log.debug_enabled:
+            self._log.debug("UDP session begins", service=self._service, client=_text(client))
+
+    def _open(self, number: int, sockets: int, begin: Callable[[], None]) -> bool:
+        """Begin a session that needs sockets, which may not be had."""
+        relay = self._relay
+        if not self._has_room(sockets) and not relay.evict():
+            relay.refuse(number, "no_socket")
+            self._tell("UDP sessions shed", reason="no_socket", error="too many open files")
+            return False
+        for attempt in range(2):
+            try:
+                begin()
+                return True
+            except OSError as error:
+                if error.errno in _NO_ROOM and not attempt and relay.evict():
+                    continue
+                reason = "no_socket" if error.errno in _NO_ROOM else "unreachable"
+                relay.refuse(number, reason)
+                self._tell("UDP sessions shed", reason=reason, error=str(error))
+                break
+        return False
+
+    def _choose(
+        self, active: UdpDeployment, number: int, client: bytes, local: bytes
+    ) -> tuple[int, tuple[int, ...]]:
+        """Return generation and target of a new session; no target if there is none."""
+        strategy = active.options.sessions.strategy
+        if strategy == "source-ip":
+            followed = self._relay.following(number)
+            if followed is not None:
+                generation, target = followed
+                deployment = self._deployments.get(generation)
+                if deployment is not None and deployment.may_follow(target):
+                    return generation, (target,)
+        chosen = active.choose(affinity_key(strategy, client, local))
+        numbers = () if chosen is None or chosen.number is None else (chosen.number,)
+        return active.generation, numbers
+
+    # ICE: the signalling has chosen a server already, which is to be found
+
+    def _serving(self, active: UdpDeployment) -> Iterator[UdpDeployment]:
+        """Yield the deployments that may have sessions: the active one, then those that drain."""
+        yield active
+        for deployment in tuple(self._deployments.values())[::-1]:
+            if deployment is not active and deployment.served and not deployment.drained:
+                yield deployment
+
+    def _find_known(self, key: int) -> tuple[int, int] | None:
+        """Return generation and target of the server that gave a client its name, if known."""
+        active, known = self._active(), self._ufrags.find(key)
+        if active is None or known is None:
+            return None
+        for deployment in self._serving(active):
+            if (number := deployment.number_at(*known)) is not None:
+                return deployment.generation, number
+        return None
+
+    def _candidates(self, active: UdpDeployment) -> tuple[int, ...]:
+        """Return the targets that may have given a client its name, each address once."""
+        found: dict[SocketAddress, int] = {}
+        for deployment in self._serving(active):
+            for address, number in deployment.addresses():
+                found.setdefault(address, number)
+        return tuple(found.values())[:_MAX_CANDIDATES]
+
+    def look_at_pins(self) -> None:
+        """Let sessions belong to the deployments whose targets have recognised their clients."""
+        for session, key, target in self._relay.pins():
+            try:
+                self._pin(session, key, target)
+            except Exception as error:  # a bug must cost one session, not the proxy
+                self._tell("UDP session failed", error=repr(error))
+
+    def _pin(self, session: int, key: int, target: int) -> None:
+        for deployment in self._deployments.values():
+            if deployment.drained or (where := deployment.whose(target)) is None:
+                continue
+            self._ufrags.learn(key, where)
+            if self._relay.assign(session, deployment.generation) and deployment.retired:
+                deployment.joined += 1
+            return
+        self._relay.end(session)  # its target was let go meanwhile
+
+    # Targets that refuse
+
+    def look_at_refusals(self) -> None:
+        """Move sessions away from targets whose port is closed, where that may help."""
+        try:
+            self._look_at_refusals()
+        except Exception as error:  # a bug must cost a move, not the proxy
+            self._tell("UDP session not moved", error=repr(error))
+
+    def _look_at_refusals(self) -> None:
+        for refusal in self._relay.refusals():
+            session, generation, number, movable, answered, moves, count, span, *ends = refusal
+            deployment, active = self._deployments.get(generation), self._active()
+            if deployment is None or active is None:
+                continue
+            deployment.refused(number, answered=answered)
+            # One that was never answered asks each address once before it becomes patient.
+            patient = answered or moves >= deployment.address_count
+            if not movable or not deployment.gives_up(
+                number, patient=patient, refusals=count, span=span
+            ):
+                continue
+            key = affinity_key(active.options.sessions.strategy, *ends)
+            other = active if deployment.retired else deployment
+            chosen = other.choose(key, without=number)
+            if chosen is None or chosen.number is None:
+                continue
+            try:
+                self._relay.move(session, other.generation, chosen.number)
+            except OSError as error:
+                self._tell("UDP session not moved", error=str(error))
+
+    # Telling
+
+    def tell_shed(self) -> None:
+        """Say that clients were refused because there are too many sessions, if any were."""
+        if self._relay.shed != self._shed:
+            self._shed = self._relay.shed
+            self._tell("UDP sessions shed", reason="session_limit", limit=self._relay.limit)
+
+    def _tell(self, message: str, **fields: object) -> None:
+        """Log what strangers can cause as often as they like, but not as often as they do."""
+        now = trio.current_time()
+        key = f"{message} {fields.get('reason', '')}"
+        if now - self._told.get(key, -math.inf) >= _TELL_INTERVAL:
+            self._told[key] = now
+            self._log.info(message, service=self._service, **fields)
+
+
+def proxy_header(client: bytes, local: bytes) -> bytes:
+    """Return the PROXY protocol header of a session from its two ends."""
+    return encode_v2(_address(client), _address(local), datagram=True)
+
+
+def _address(packed: bytes) -> tuple[str, int]:
+    """Return the text and port of an address (16 bytes) and port (2 bytes)."""
+    address = IPv6Address(packed[:16])
+    return str(address.ipv4_mapped or address), int.from_bytes(packed[16:])
+
+
+def _text(packed: bytes) -> str:
+    host, port = _address(packed)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
