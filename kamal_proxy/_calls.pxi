@@ -33,7 +33,7 @@ cdef class CallTable(SessionTable):
         for i in range(self._generation_room):
             head = self._generations[i].members
             while head != NULL:
-                count += head.turn == NULL and head.ring != head and not _is_undecided(head)
+                count += head.turn == NULL and head.ring != head and not _is_asked(head.ring)
                 head = head.member_next
         return count
 
@@ -66,14 +66,29 @@ cdef class CallTable(SessionTable):
         self._bury()
         return True
 
+    def ask_again(self):
+        """Stop to ask for the targets of clients: there are others to ask now."""
+        cdef uint32_t i
+        cdef Flow *head
+        cdef Flow *following
+        self._require_open()
+        for i in range(self._generation_room):
+            head = self._generations[i].members
+            while head != NULL:
+                following = head.member_next
+                if _is_undecided(head):
+                    self._end(head, END_UNANSWERED)
+                elif head.media != NULL and head.media.key:
+                    self._stop_asking(head)
+                head = following
+        self._bury()
+
     cdef Flow *_pin(self, Flow *head, Flow *winner) noexcept nogil:
         """Let one of the targets that a session has asked be its target; return the head.
 
         The head is in all tables: it takes the socket of the winner, and all other flows end.
         """
         cdef Flow lost
-        cdef Flow *losers
-        cdef Flow *last
         cdef epoll_event event
         if winner != head:
             lost = head[0]
@@ -82,16 +97,10 @@ cdef class CallTable(SessionTable):
             event.events = EPOLLIN
             event.data.ptr = head
             epoll_ctl(self._epoll, EPOLL_CTL_MOD, head.fd, &event)
-        if head.ring != head:
-            losers = last = head.ring
-            while last.ring != head:
-                last = last.ring
-            last.ring = losers
-            head.ring = head
-            self._to_graveyard(losers)
-        head.media.key = 0
-        head.rtcp = NULL  # it may be one of those
-        self._undecided -= 1
+            head.media.ice = head.media.spoken = False
+            head.media.waiting_since = 0
+            head.rtcp = NULL
+        self._stop_asking(head)
         self._schedule(head)
         self._arm()
         return head
@@ -99,7 +108,8 @@ cdef class CallTable(SessionTable):
     cdef inline bint _is_spare(self, const Flow *flow) noexcept nogil:
         """Return whether a flow carries only RTCP beside another one: its end says little."""
         return (
-            flow.head.turn == NULL and flow.ring != flow and self._listeners[flow.listener].is_rtcp
+            flow.head.turn == NULL and flow.ring != flow and not _is_asked(flow.head.ring)
+            and self._listeners[flow.listener].is_rtcp
         )
 
     # What the sides say
@@ -125,6 +135,8 @@ cdef class CallTable(SessionTable):
         cdef Voice *voice = &media.voices[side]
         cdef int kind = _kind(data, size)
         cdef uint32_t ssrc
+        if side == BY_TARGET and not media.spoken:
+            media.spoken = kind != KIND_STUN or _two(data) != STUN_ERROR
         if kind == KIND_RTP:
             memcpy(&ssrc, data + 8, 4)
             if ssrc != voice.last or voice.left or not voice.count:
@@ -144,15 +156,27 @@ cdef class CallTable(SessionTable):
         cdef Media *media = head.media
         if side == BY_TARGET:
             if kind == STUN_SUCCESS:
-                media.ice = True
                 media.waiting_since = 0
-        elif kind == STUN_REQUEST and media.ice:
-            if media.waiting_since == 0:
-                media.waiting_since = self._clock
-            elif self._is_stale(head):
-                # It may ask for another server from the same port: ICE has restarted.
-                self._let_go(head)
-                self._arm()
+                if not media.ice:
+                    media.ice = True
+                    self._schedule(head)
+                    self._arm()
+        elif kind == STUN_REQUEST and media.waiting_since == 0:
+            media.waiting_since = self._clock
+
+    cdef bint _may_be_lost(self, Flow *head) noexcept nogil:
+        """Return whether others are to be asked for a client that sends a Binding request.
+
+        Its target has never recognised it, or does not any more: ICE may have restarted, with
+        another server, from the same port. The session goes on meanwhile, as anybody could have
+        sent the request.
+        """
+        cdef Media *media = head.media
+        return (
+            media.key == 0 and head.ring == head and media.waiting_since != 0
+            and self._clock - media.asked_at >= ASK_AGAIN
+            and (not media.spoken or self._is_stale(head))
+        )
 
     cdef bint _is_stale(self, Flow *head) noexcept nogil:
         """Return whether a target gives no sign of life to a client that keeps asking."""
@@ -215,7 +239,7 @@ cdef class CallTable(SessionTable):
             head = chosen.cursor
             chosen.cursor = head.member_next
             media = head.media
-            if media == NULL or media.key:
+            if media == NULL or _is_undecided(head):
                 continue
             found.append((
                 _number(head),

@@ -381,13 +381,38 @@ class Relay:
         """Return the clients without a session: number, listener, client's end, local end."""
 
     def opening(self, number: int) -> bytes:
-        """Return the first datagram that a newcomer sent."""
+        """Return the first Binding request that a newcomer sent, else its first datagram."""
 
     def partner(self, number: int) -> tuple[int, int, int] | None:
         """Return the session that a newcomer is the other half of, with its generation and target.
 
         That is one of the same client address on the other port of the pair, preferably from the
         port beside the newcomer's, which has no second half yet.
+        """
+
+    def has_session(self, number: int) -> bool:
+        """Return whether a newcomer has a session whose target does not seem to know it.
+
+        What it sends goes there nevertheless; other targets may be asked with :meth:`ask`.
+        """
+
+    def ask(self, number: int, targets: Sequence[int], key: int, header: bytes = b"") -> bool:
+        """Ask targets whether the client of a session is their own; it goes on meanwhile.
+
+        Its Binding requests go to them too for ten seconds. The first that answers as only the
+        client's own would becomes the session's, which :meth:`pins` tells.
+
+        Args:
+            number: The newcomer.
+            targets: The targets; the session's own is passed over.
+            key: 64 bits that are not all 0, as for :meth:`admit`.
+            header: As for :meth:`admit`.
+
+        Returns:
+            False if there is no such session any more, others are asked already, or it is a pair.
+
+        Raises:
+            OSError: no socket can be had, or a target can't be reached; nobody is asked.
         """
 
     def join(self, number: int, session: int, header: bytes = b"") -> None:
@@ -409,8 +434,17 @@ class Relay:
     def undecided_from(self, number: int) -> int:
         """Return how many sessions of a newcomer's address have no target yet."""
 
-    def pins(self) -> list[tuple[int, int, int]]:
-        """Return the sessions that found their target in the last run: number, key, target."""
+    def pins(self) -> list[tuple[int, int, int, int]]:
+        """Return the sessions that found their target in the last run.
+
+        Each with its number, its key, the target, and the generation that it has begun in.
+        """
+
+    def ask_again(self) -> None:
+        """Ask nobody any more: with their next request, clients are newcomers again.
+
+        Sessions that have no target yet end.
+        """
 
     def assign(self, session: int, generation: int) -> bool:
         """Make a session one of another generation; False if it has ended."""
@@ -529,6 +563,8 @@ class Relay:
         answered: bool,
         idle: float,
         header: bytes = b"",
+        *,
+        second: bool = False,
     ) -> None:
         """Begin a session that an earlier process had.
 
@@ -543,6 +579,7 @@ class Relay:
             answered: Whether the target has ever answered it.
             idle: Seconds since its last datagram.
             header: As for :meth:`admit`.
+            second: Whether it is the other half, of a pair of ports, of the one restored before.
 
         Raises:
             OSError: the source port is taken, or no socket can be had.

@@ -50,12 +50,15 @@ cdef struct Voice:
 
 cdef struct Media:
     Voice voices[2]
-    uint64_t key              # of a session without a target yet; 0 once it has one
+    uint64_t key              # of a session whose client other targets are asked for, else 0
+    uint64_t asked_at         # milliseconds: when that began, or would have if there were others
     uint64_t waiting_since    # milliseconds: the first Binding request without a success, or 0
     uint64_t ask_second       # in which ``asks`` were counted
     uint32_t asks
     uint32_t plain            # RTCP that could be read
     uint32_t garbled          # and that could not, as SRTCP can't
+    bool settled              # it has a target nevertheless, with which it goes on meanwhile
+    bool spoken               # the target has said something else than a STUN error
     bool ice                  # the target has answered a Binding request
     bool dtls                 # the target has spoken DTLS
 

@@ -61,6 +61,7 @@ cdef enum:
     MAX_PINS = MAX_EVENTS     # in one round each event may pin one session
     ASKS_EACH = 50            # Binding requests of one client, in a second, that go to all targets
     ASKS = 5000               # the same of all clients
+    ASK_AGAIN = 2000          # milliseconds between two times that others are asked for a client
     STALE = 8000              # milliseconds that a target is silent while its client sends requests
     MANY_REFUSALS = 3
     TELLINGS = 4              # errors of other clients' ports that one call may be told before it works
@@ -113,6 +114,30 @@ cdef inline uint32_t _train(uint32_t size, uint32_t segment) noexcept nogil:
 cdef inline uint32_t _first_size(const Piece *piece) noexcept nogil:
     """Return the size of a datagram, or of the first of a train."""
     return min(piece.size, <uint32_t>piece.segment) if piece.segment else piece.size
+
+
+cdef bint _knows_client(const uint8_t *data, uint32_t size, uint32_t segment) noexcept nogil:
+    """Return whether a datagram, or one of a train, is an answer that only the own server gives."""
+    cdef uint32_t step, kind
+    while True:
+        step = min(size, segment) if segment else size
+        kind = _two(data) if _kind(data, step) == KIND_STUN else 0
+        if kind == STUN_SUCCESS or (
+            kind == STUN_ERROR and _error_code(data, step) == ROLE_CONFLICT
+        ):
+            return True
+        data += step
+        size -= step
+        if not size:
+            return False
+
+
+cdef inline bint _is_request(const uint8_t *data, uint32_t size) noexcept nogil:
+    return size >= STUN_HEADER and _kind(data, size) == KIND_STUN and _two(data) == STUN_REQUEST
+
+
+cdef bint _is_error(const uint8_t *data, uint32_t size) noexcept nogil:
+    return _kind(data, size) == KIND_STUN and _two(data) == STUN_ERROR
 
 
 @cython.final
@@ -401,18 +426,22 @@ cdef class Relay(CallTable):
                 self._hear(
                     flow, BY_CLIENT, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i]
                 )
-                if head.let_go:
+                if (
+                    _is_request(<uint8_t *>self._in_parts[i].iov_base, size)
+                    and self._may_be_lost(head)
+                ):
+                    head.media.asked_at = self._clock
                     self._note_newcomer(number, port, scope, &local, i, size)
-                    continue
             head.client_heard = self._clock
             if head.asked <= head.target_heard:
                 head.asked = self._clock
-            if self._has_media and _is_undecided(head):
+            if self._has_media and head.media != NULL and head.media.key:
                 self._ask_all(
                     head, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i],
                     self._tos[i],
                 )
-                continue
+                if not head.media.settled:
+                    continue
             if flow.turn != NULL:
                 self._spread(
                     flow, <uint8_t *>self._in_parts[i].iov_base, size, self._segment[i],
@@ -508,8 +537,7 @@ cdef class Relay(CallTable):
         cdef Flow *flow = head.turn.ring
         # Past targets that are down or have just refused; if all are, the first has its turn.
         while flow != head.turn and (
-            self._targets[flow.target].down
-            or (flow.refused_at and self._clock - flow.refused_at < AVOIDED)
+            self._targets[flow.target].down or self._has_refused(flow)
         ):
             flow = flow.ring
         head.turn = flow
@@ -549,7 +577,7 @@ cdef class Relay(CallTable):
             return 1  # an event was used up: not nothing
         if flow.refusals:
             flow.refusals = 0
-        if not flow.head.answered and not _is_undecided(flow.head):
+        if not flow.head.answered and not _is_asked(flow):
             self._answered(flow.head)
         for i in range(slot, slot + count):
             self._read_control(&self._in[i].msg_hdr, i, NULL, &flow.overflow)
@@ -948,14 +976,10 @@ cdef class Relay(CallTable):
         cdef uint32_t count = _train(size, self._segment[index])
         cdef Newcomer *newcomer
         cdef Piece *piece
-        if self.mode == MODE_PAUSED:
-            self._dropped[DROP_PAUSED] += count
-            return
         if (
-            self._is_full() and not self._can_evict()
-            and not self._has_other_half(listener, client, port, scope, local)
-        ):
-            self._dropped[DROP_LIMIT] += count
+            self.mode == MODE_PAUSED or (self._is_full() and not self._can_evict())
+        ) and not self._is_no_further(hashed, listener, client, port, scope, local):
+            self._dropped[DROP_PAUSED if self.mode == MODE_PAUSED else DROP_LIMIT] += count
             return
         newcomer = NULL
         for i in range(self._newcomer_count):
@@ -1000,11 +1024,14 @@ cdef class Relay(CallTable):
         newcomer.count += 1
         self._piece_count += 1
 
-    cdef bint _has_other_half(
-        self, uint32_t listener, const Ip *client, uint16_t port, uint32_t scope, const Ip *local
+    cdef bint _is_no_further(
+        self, uint32_t hashed, uint32_t listener, const Ip *client, uint16_t port, uint32_t scope,
+        const Ip *local,
     ) noexcept nogil:
-        """Return whether a client has a session already that this one would be the other half of."""
+        """Return whether a newcomer has a session, or is the other half of one."""
         cdef Newcomer newcomer
+        if self._find(hashed, listener, client, port, scope, local) != NULL:
+            return True
         if self._listeners[listener].partner < 0:
             return False
         newcomer.client = client[0]
@@ -1049,9 +1076,15 @@ cdef class Relay(CallTable):
         return None
 
     def opening(self, uint32_t number):
-        """Return the first datagram that a newcomer sent."""
-        cdef Piece *piece = self._newcomer(number).first
-        return (<const char *>(piece + 1))[:_first_size(piece)]
+        """Return the first Binding request of a newcomer, else the first datagram."""
+        cdef Piece *first = self._newcomer(number).first
+        cdef Piece *piece = first
+        while piece != NULL:
+            if _is_request(<uint8_t *>(piece + 1), _first_size(piece)):
+                first = piece
+                break
+            piece = piece.next
+        return (<const char *>(first + 1))[:_first_size(first)]
 
     def partner(self, uint32_t number):
         """Return session, generation and target of the other half of a pair, or None."""
@@ -1065,9 +1098,70 @@ cdef class Relay(CallTable):
         cdef int count = 0, left = NEIGHBOURS
         while flow != NULL and left:
             left -= 1
-            count += _same(&flow.client, &newcomer.client) and _is_undecided(flow.head)
+            count += _same(&flow.client, &newcomer.client) and _is_asked(flow.head.ring)
             flow = flow.address_next
         return count
+
+    def has_session(self, uint32_t number):
+        """Return whether a newcomer has a session, but maybe with the wrong target."""
+        return self._session_of(self._newcomer(number)) != NULL
+
+    cdef Flow *_session_of(self, Newcomer *newcomer) noexcept nogil:
+        return self._find(
+            newcomer.hash, newcomer.listener, &newcomer.client, newcomer.client_port,
+            newcomer.scope, &newcomer.local,
+        )
+
+    def ask(self, uint32_t number, targets, uint64_t key, bytes header not None=b""):
+        """Ask other targets whether they know the client of a session; see _fastpath.pyi."""
+        cdef Newcomer *newcomer = self._newcomer(number)
+        cdef Flow *head = self._session_of(newcomer)
+        cdef Flow *flow
+        cdef int error = 0
+        cdef Piece *piece
+        cdef uint32_t target, own
+        if not key:
+            raise ValueError("a key has a bit that is not 0")
+        if head == NULL or head.media == NULL or head.media.key or head.ring != head:
+            return False
+        if len(header) > HEADER_ROOM:
+            raise ValueError(f"the header has more than {HEADER_ROOM} bytes")
+        own = head.target
+        for target in targets:
+            if target >= self._target_room or not self._targets[target].held:
+                raise ValueError("there is no such target")
+        self._clock = _now()
+        head.media.key = key
+        head.media.settled = True
+        head.media.asked_at = self._clock
+        self._undecided += 1
+        for target in targets:
+            if target == own:
+                continue
+            flow = self._new_flow(target, newcomer, 0, &error)
+            if flow != NULL and not _give_header(flow, header):
+                self._to_graveyard(flow)
+                error = ENOMEM
+            if error:
+                break
+            flow.head = head
+            flow.ring = head.ring
+            head.ring = flow
+        if error or head.ring == head:
+            self._stop_asking(head)
+            self._bury()
+        if error:
+            raise OSError(error, os.strerror(error))
+        self._schedule(head)
+        self._arm()
+        # The session's own target has had it already.
+        while newcomer.first != NULL:
+            piece = newcomer.first
+            if head.media.key:
+                self._ask_all(head, <uint8_t *>(piece + 1), piece.size, piece.segment, piece.tos)
+            newcomer.first = piece.next
+            free(piece)
+        return True
 
     def join(self, uint32_t number, uint64_t session, bytes header not None=b""):
         """Make a newcomer the second half of a session and send on what it has sent so far."""
@@ -1092,10 +1186,14 @@ cdef class Relay(CallTable):
         cdef uint32_t size
         if len(header) > HEADER_ROOM:
             raise ValueError(f"the header has more than {HEADER_ROOM} bytes")
+        if self._session_of(newcomer) != NULL:
+            raise ValueError("there is such a session already")
         self._clock = _now()
         head = self._begin(generation, targets, newcomer, header, 0, False, self._clock, asking)
         piece = newcomer.first
         size = _first_size(piece)
+        if head.media != NULL and _is_request(<uint8_t *>(piece + 1), size):
+            head.media.asked_at = self._clock  # its target is known, and has a moment to answer
         if head.turn == NULL and not asking and size <= KEPT_SIZE and self._kept + size <= KEPT_TOTAL:
             head.kept = <uint8_t *>malloc(size + 1)
             if head.kept != NULL:
@@ -1142,9 +1240,12 @@ cdef class Relay(CallTable):
 
     cdef void _drop_newcomer(self, Newcomer *newcomer, int reason) noexcept nogil:
         cdef Piece *piece
+        # What its session's own target has had is not lost.
+        cdef bint lost = newcomer.first != NULL and self._session_of(newcomer) == NULL
         while newcomer.first != NULL:
             piece = newcomer.first
-            self._dropped[reason] += _train(piece.size, piece.segment)
+            if lost:
+                self._dropped[reason] += _train(piece.size, piece.segment)
             newcomer.first = piece.next
             free(piece)
 
@@ -1156,7 +1257,7 @@ cdef class Relay(CallTable):
             flow.refused_since = self._clock
         flow.refusals += 1
         flow.refused_at = self._clock
-        if self._is_spare(flow) or _is_undecided(flow.head):
+        if self._is_spare(flow) or _is_asked(flow):
             return
         if not flow.refused_now and self._refusal_count < MAX_REFUSALS:
             flow.refused_now = True
@@ -1204,8 +1305,8 @@ cdef class Relay(CallTable):
         self._require_generation(generation)
         if head == NULL:
             return False
-        if head.turn != NULL or _is_undecided(head):
-            raise ValueError("a session without affinity has all targets")
+        if head.turn != NULL or _is_asked(head.ring):
+            raise ValueError("a session that asks several targets, or is without affinity, stays")
         if target >= self._target_room or not self._targets[target].held:
             raise ValueError("there is no such target")
         self._clock = _now()
@@ -1249,20 +1350,23 @@ cdef class Relay(CallTable):
     cdef void _ask_all(
         self, Flow *head, uint8_t *data, uint32_t size, uint32_t segment, uint8_t tos
     ) noexcept nogil:
-        """Send Binding requests to all targets that a session may have."""
+        """Send Binding requests to all targets that are asked whether a client is their own."""
         cdef uint32_t step
         cdef Flow *flow
-        cdef bint is_sure = self._candidates(head) == 1
+        cdef uint32_t candidates = self._candidates(head)
+        cdef bint settled = head.media.settled
+        cdef bint is_sure = candidates == 1 and not settled
         while True:
             step = min(size, segment) if segment else size
-            if not is_sure and (_kind(data, step) != KIND_STUN or _two(data) != STUN_REQUEST):
-                self._dropped[DROP_UNDECIDED] += 1
+            if not is_sure and not _is_request(data, step):
+                self._dropped[DROP_UNDECIDED] += not settled
             elif not is_sure and not self._may_ask(head.media):
-                self._dropped[DROP_ASK_LIMIT] += 1
+                self._dropped[DROP_ASK_LIMIT] += not settled
             else:
                 flow = head
                 while True:
-                    if flow.refusals == 0 or self._candidates(head) == 0:
+                    # A head that has its target is not asked: it gets everything anyway.
+                    if _is_asked(flow) and (candidates == 0 or not self._has_refused(flow)):
                         self._send_alone(flow, data, step, tos)
                     flow = flow.ring
                     if flow == head:
@@ -1272,12 +1376,16 @@ cdef class Relay(CallTable):
             if not size:
                 return
 
+    cdef inline bint _has_refused(self, const Flow *flow) noexcept nogil:
+        """Return whether a target's port was found closed a moment ago."""
+        return flow.refused_at != 0 and self._clock - flow.refused_at < AVOIDED
+
     cdef uint32_t _candidates(self, Flow *head) noexcept nogil:
         """Return how many targets of an undecided session have not refused."""
         cdef Flow *flow = head
         cdef uint32_t count = 0
         while True:
-            count += flow.refusals == 0
+            count += not self._has_refused(flow)
             flow = flow.ring
             if flow == head:
                 return count
@@ -1304,23 +1412,25 @@ cdef class Relay(CallTable):
         The first target that knows the client is the session's from then on. NULL: it may be
         another's client, and must not hear this.
         """
-        cdef uint32_t step = min(size, segment) if segment else size
-        cdef uint32_t kind
         cdef Flow *head = flow.head
-        if _is_undecided(head):
-            kind = _two(data) if _kind(data, step) == KIND_STUN else 0
-            if (
-                kind == STUN_SUCCESS
-                or (kind == STUN_ERROR and _error_code(data, step) == ROLE_CONFLICT)
-            ) and self._pin_count < MAX_PINS:
+        if head.media.key:
+            if self._pin_count < MAX_PINS and _knows_client(data, size, segment):
                 self._pins[self._pin_count].number = head.number
                 self._pins[self._pin_count].stamp = head.stamp
                 self._pins[self._pin_count].key = head.media.key
                 self._pin_count += 1
                 flow = self._pin(head, flow)
                 self._answered(head)
+            elif head.media.settled:
+                # An error of its own target, too, would be a second answer, and fail the client.
+                if flow != head or _is_error(data, size):
+                    return NULL
             elif self._candidates(head) != 1:
                 return NULL
+            elif head.ring == head and not _is_error(data, size):
+                # There was nobody else to ask: whoever speaks like that need not speak ICE.
+                self._pin(head, head)
+                self._answered(head)
         self._hear(flow, BY_TARGET, data, size, segment)
         return flow
 
@@ -1332,7 +1442,7 @@ cdef class Relay(CallTable):
         for i in range(self._pin_count):
             flow = self._numbered_flow(self._pins[i].number, self._pins[i].stamp)
             if flow != NULL:
-                found.append((_number(flow), self._pins[i].key, flow.target))
+                found.append((_number(flow), self._pins[i].key, flow.target, flow.generation))
         return found
 
     # Goodbyes

@@ -14,8 +14,8 @@ cdef enum:
     CONFIRM = 2000            # milliseconds of silence that confirm a hint
     WITHDRAWN = 5000          # milliseconds after which who still talks takes a hint back
     CONSENT = 30000           # milliseconds without which ICE's consent has lapsed (RFC 7675 5.1)
-    UNDECIDED = 10000         # milliseconds of silence that end a session without a target
-    NEIGHBOURS = 256          # sessions of one address that are looked at for the other half of a pair
+    UNDECIDED = 10000         # milliseconds for which other targets are asked for a client
+    NEIGHBOURS = 1024         # sessions of one address that are looked at, at most
     PORT_TRIES = 64
     RECORD_BYTES = 72
     HEADER_ROOM = 52
@@ -228,8 +228,16 @@ cdef inline uint64_t _heard(const Flow *flow) noexcept nogil:
 
 
 cdef inline bint _is_undecided(const Flow *head) noexcept nogil:
-    """Return whether a session still asks several targets whose it is."""
-    return head.media != NULL and head.media.key != 0
+    """Return whether a session has no target yet, and asks several."""
+    return head.media != NULL and head.media.key != 0 and not head.media.settled
+
+
+cdef inline bint _is_asked(const Flow *flow) noexcept nogil:
+    """Return whether a flow leads to a target that is asked whether the client is its own."""
+    return (
+        flow.head.media != NULL and flow.head.media.key != 0
+        and (flow != flow.head or not flow.head.media.settled)
+    )
 
 
 cdef inline bint _is_bound(const Flow *head) noexcept nogil:
@@ -398,6 +406,7 @@ cdef class SessionTable:
     cdef uint32_t _listener_room
     cdef uint32_t _listener_hint  # all places before it are taken
     cdef bint _has_media      # there are, or were, sessions whose media are looked at
+    cdef uint64_t _restored   # the session that was restored last
     cdef uint64_t _undecided  # sessions that have no target yet
     # Counters.
     cdef uint64_t _dropped[DROPS]
@@ -974,6 +983,7 @@ cdef class SessionTable:
                 self._bury()
                 raise MemoryError
             head.media.key = key
+            head.media.asked_at = self._clock if key else 0
             self._undecided += key != 0
         head.client_heard = head.target_heard = heard
         head.begun = self._clock
@@ -1153,6 +1163,22 @@ cdef class SessionTable:
             free(flow.header)
             free(flow)
 
+    cdef void _stop_asking(self, Flow *head) noexcept nogil:
+        """Let a session be its head only: the other flows end."""
+        cdef Flow *others = head.ring
+        cdef Flow *last = others
+        if others != head:
+            while last.ring != head:
+                last = last.ring
+            last.ring = others
+            head.ring = head
+            self._to_graveyard(others)
+        head.media.key = 0
+        if not head.media.settled:
+            head.rtcp = NULL  # it may have been one of those
+        head.media.settled = False
+        self._undecided -= 1
+
     # Pairs of ports: two flows, one session
 
     def pair(self, uint32_t rtp, uint32_t rtcp):
@@ -1205,6 +1231,9 @@ cdef class SessionTable:
                 flow.listener == other and _same(&flow.client, &newcomer.client)
                 and _same(&flow.local, &newcomer.local) and flow.scope == newcomer.scope
                 and self._takes_leg(flow)
+                # One that has its RTCP on the same port needs no other half; this is its neighbour's.
+                and (not listener.is_rtcp or flow.rtcp == NULL)
+                and not flow.media.ice
             ):
                 return flow
             flow = flow.address_next
@@ -1392,11 +1421,12 @@ cdef class SessionTable:
         cdef uint64_t deadline
         if flow.let_go or generation.hurried:
             patience = min(patience, <uint64_t>CONFIRM)
-        if flow.media != NULL and flow.media.key:
-            patience = min(patience, <uint64_t>UNDECIDED)
         deadline = _heard(flow) + patience
         if patience >= COARSE:  # so that quiet sessions wake nobody more than once a second
             deadline = (deadline + 999) // 1000 * 1000
+        if flow.media != NULL and flow.media.key:
+            # Also if its client goes on: there may be other targets to ask by then.
+            deadline = min(deadline, flow.media.asked_at + UNDECIDED)
         if flow.gone_since:
             deadline = min(deadline, self._gone_at(flow))
         if flow.media != NULL and flow.media.ice:
@@ -1511,6 +1541,11 @@ cdef class SessionTable:
                 left -= 1
                 flow = self._wheel[tick % WHEEL]
                 self._withdraw_hint(flow)
+                if (
+                    flow.media != NULL and flow.media.key and flow.media.settled
+                    and self._clock >= flow.media.asked_at + UNDECIDED
+                ):
+                    self._stop_asking(flow)
                 if self._clock < self._deadline(flow):
                     self._schedule(flow)
                 else:
@@ -1543,7 +1578,7 @@ cdef class SessionTable:
                     if self._write_record(record + used, flow, <uint16_t>numbers[flow.target]):
                         used += RECORD_BYTES
                     flow = flow.ring
-                    if flow == head:
+                    if flow == head or _is_asked(flow):
                         break
             head = head.member_next
         return records[:used]
@@ -1581,18 +1616,18 @@ cdef class SessionTable:
         memcpy(record + 48, ports, 8)
         memcpy(record + 56, numbers, 12)
         memcpy(record + 68, &target_number, 2)
-        record[70] = flow.head.answered
+        record[70] = flow.head.answered | (flow != flow.head) << 1
         record[71] = 0
         return True
 
     def restore(
         self, uint32_t listener, bytes client not None, uint32_t scope, bytes local not None,
         uint32_t generation, uint32_t target, uint16_t port, bint answered, double idle,
-        bytes header not None=b"",
+        bytes header not None=b"", *, bint second=False,
     ):
         """Begin a session that an earlier process had; ``port`` is its upstream source port."""
         cdef Newcomer newcomer
-        cdef Flow *partner
+        cdef Flow *head
         cdef uint64_t quiet = _milliseconds(idle)
         self._require_open()
         if len(client) != 18 or len(local) != 16 or len(header) > HEADER_ROOM:
@@ -1610,11 +1645,20 @@ cdef class SessionTable:
             newcomer.hash, listener, &newcomer.client, newcomer.client_port, scope, &newcomer.local
         ) != NULL:
             raise ValueError("there is such a session already")
-        partner = self._partner(&newcomer)
-        if partner != NULL and partner.generation == generation and partner.target == target:
-            self._add_leg(partner, &newcomer, header, port)
+        head = self._numbered_flow(
+            <uint32_t>self._restored, <uint32_t>(self._restored >> 32)
+        ) if second else NULL
+        if (
+            head != NULL and head.target == target and self._takes_leg(head)
+            and self._listeners[listener].partner == head.listener
+            and _same(&head.client, &newcomer.client)
+        ):
+            self._add_leg(head, &newcomer, header, port)
             return
-        self._begin(
+        head = self._begin(
             generation, (target,), &newcomer, header, port, answered,
             self._clock - min(quiet, self._clock),
         )
+        self._restored = _number(head)
+        if head.media != NULL:
+            head.media.spoken = answered

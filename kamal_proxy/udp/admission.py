@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+from functools import partial
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import trio
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp.affinity import affinity_key
 from kamal_proxy.udp.ice import AskLimits, UfragMap
-from kamal_proxy.udp.stun import parse_binding_request_untrusted
+from kamal_proxy.udp.stun import BindingRequest, parse_binding_request_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _TELL_INTERVAL = 10.0  # seconds
 _MAX_UFRAGS = 65_536
-_MAX_CANDIDATES = 16  # targets that one Binding request goes to
+MAX_CANDIDATES = 16  # targets that one Binding request goes to
 _KEY_MASK = (1 << 64) - 1
 
 # No socket could be had: ending a session that nobody has answered makes room for one.
@@ -97,30 +98,29 @@ class Admission:
             return
         options = active.options.sessions
         header = proxy_header(client, local) if options.proxy_protocol else b""
-        asking, known = 0, None
-        generation, targets = active.generation, active.all_numbers()
+        request = None
         if active.carries_calls:
             request = parse_binding_request_untrusted(relay.opening(number))
-            if request is not None:
-                asking = hash(request.ufrag) & _KEY_MASK or 1
-                known = self._find_known(asking)
-                if known is not None:
-                    generation, targets, asking = known[0], (known[1],), 0
-                else:
-                    targets = self._candidates(active)
-            elif (partner := relay.partner(number)) is not None:
+        if relay.has_session(number):
+            self._ask_others(active, number, request, header)
+            return
+        if active.carries_calls:
+            partner = relay.partner(number) if request is None else None
+            if partner is not None:
                 self._open(number, 1, lambda: relay.join(number, partner[0], header))
                 return
         if relay.full and not relay.evict():
             relay.refuse(number, "session_limit")
             return
-        if asking:
-            if not self._limits.may_ask(relay.undecided, relay.undecided_from(number)):
-                relay.refuse(number, "ask_limit")
-                self._tell("UDP sessions shed", reason="ask_limit")
+        asking = 0
+        if request is not None:
+            asking, generation, targets = self._find_server(active, request)
+            if asking and not self._may_ask(number):
                 return
-        elif options.affinity and known is None:
+        elif options.affinity:
             generation, targets = self._choose(active, number, client, local)
+        else:
+            generation, targets = active.generation, active.all_numbers()
         if not targets:
             relay.refuse(number, "no_target")
             self._tell("UDP sessions shed", reason="no_target")
@@ -130,10 +130,12 @@ class Admission:
             len(targets),
             lambda: relay.admit(number, generation, targets, header, asking=asking),
         )
+        if begun:
+            self._count_joined(generation, 1)
         if begun and self._log.debug_enabled:
             self._log.debug("UDP session begins", service=self._service, client=_text(client))
 
-    def _open(self, number: int, sockets: int, begin: Callable[[], None]) -> bool:
+    def _open(self, number: int, sockets: int, begin: Callable[[], object]) -> bool:
         """Begin a session that needs sockets, which may not be had."""
         relay = self._relay
         if not self._has_room(sockets) and not relay.evict():
@@ -178,15 +180,43 @@ class Admission:
             if deployment is not active and deployment.served and not deployment.drained:
                 yield deployment
 
-    def _find_known(self, key: int) -> tuple[int, int] | None:
-        """Return generation and target of the server that gave a client its name, if known."""
-        active, known = self._active(), self._ufrags.find(key)
-        if active is None or known is None:
-            return None
-        for deployment in self._serving(active):
-            if (number := deployment.number_at(*known)) is not None:
-                return deployment.generation, number
-        return None
+    def _find_server(
+        self, active: UdpDeployment, request: BindingRequest
+    ) -> tuple[int, int, tuple[int, ...]]:
+        """Return where a request's server may be: the key to ask by, generation and targets.
+
+        The key is 0 where it is known that the only target is the one.
+        """
+        key = _key_of(request)
+        known = self._ufrags.find(key)
+        if known is not None:
+            for deployment in self._serving(active):
+                if (number := deployment.number_at(*known)) is not None:
+                    return 0, deployment.generation, (number,)
+        return key, active.generation, self._candidates(active)
+
+    def _ask_others(
+        self, active: UdpDeployment, number: int, request: BindingRequest | None, header: bytes
+    ) -> None:
+        """Ask other targets about the client of a session that its own one seems not to know."""
+        relay = self._relay
+        if request is None:
+            relay.refuse(number, "undecided")
+            return
+        _, _, targets = self._find_server(active, request)
+        key = _key_of(request)
+        if self._may_ask(number):
+            asks = partial(relay.ask, number, targets, key, header)
+            self._open(number, len(targets), asks)
+
+    def _may_ask(self, number: int) -> bool:
+        """Return whether several targets may be asked about a newcomer; if not, it is refused."""
+        relay = self._relay
+        if self._limits.may_ask(relay.undecided, relay.undecided_from(number)):
+            return True
+        relay.refuse(number, "ask_limit")
+        self._tell("UDP sessions shed", reason="ask_limit")
+        return False
 
     def _candidates(self, active: UdpDeployment) -> tuple[int, ...]:
         """Return the targets that may have given a client its name, each address once."""
@@ -194,25 +224,32 @@ class Admission:
         for deployment in self._serving(active):
             for address, number in deployment.addresses():
                 found.setdefault(address, number)
-        return tuple(found.values())[:_MAX_CANDIDATES]
+        return tuple(found.values())[:MAX_CANDIDATES]
 
     def look_at_pins(self) -> None:
         """Let sessions belong to the deployments whose targets have recognised their clients."""
-        for session, key, target in self._relay.pins():
+        for session, key, target, generation in self._relay.pins():
             try:
-                self._pin(session, key, target)
+                self._pin(session, key, target, generation)
             except Exception as error:  # a bug must cost one session, not the proxy
                 self._tell("UDP session failed", error=repr(error))
 
-    def _pin(self, session: int, key: int, target: int) -> None:
+    def _pin(self, session: int, key: int, target: int, generation: int) -> None:
         for deployment in self._deployments.values():
             if deployment.drained or (where := deployment.whose(target)) is None:
                 continue
             self._ufrags.learn(key, where)
-            if self._relay.assign(session, deployment.generation) and deployment.retired:
-                deployment.joined += 1
+            if self._relay.assign(session, deployment.generation):
+                self._count_joined(generation, -1)
+                self._count_joined(deployment.generation, 1)
             return
         self._relay.end(session)  # its target was let go meanwhile
+
+    def _count_joined(self, generation: int, number: int) -> None:
+        """Count sessions that come to a deployment, or leave it, while it drains."""
+        deployment = self._deployments.get(generation)
+        if deployment is not None and deployment.retired:
+            deployment.joined += number
 
     # Targets that refuse
 
@@ -261,6 +298,11 @@ class Admission:
         if now - self._told.get(key, -math.inf) >= _TELL_INTERVAL:
             self._told[key] = now
             self._log.info(message, service=self._service, **fields)
+
+
+def _key_of(request: BindingRequest) -> int:
+    """Return what the relay tells a request's name by: 64 bits that are not all 0."""
+    return hash(request.ufrag) & _KEY_MASK or 1
 
 
 def proxy_header(client: bytes, local: bytes) -> bytes:

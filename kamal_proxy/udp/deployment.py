@@ -144,10 +144,9 @@ class UdpDeployment:
         self._empty = trio.Event()
         self._drained = trio.Event()
         self._result = DrainResult()
-        self._cut = 0
         self._goodbyes = 0
         self._removed = False
-        #: Sessions that have come while it drained: ICE clients of its targets.
+        #: Sessions that have come while it drained, without those that have left it.
         self.joined = 0
         #: Whether its sessions may be calls, which go to the ports of a target that their clients
         #: send to here.
@@ -469,7 +468,8 @@ class UdpDeployment:
 
     async def _drain(self) -> None:
         relay, plan, began = self._relay, self._plan, trio.current_time()
-        sessions = relay.sessions(self.generation)
+        sessions, self.joined = relay.sessions(self.generation), 0
+        cut = -self._count_cut()
         relay.let_go(self.generation)
         self.notice_empty()
         if plan.goodbye_after is not None:
@@ -480,18 +480,22 @@ class UdpDeployment:
             relay.hurry(self.generation)
         await self._wait_empty(began + plan.cut_after)
         unsaid = 0 if self._removed else await self._count_encrypted()
-        while left := relay.sessions(self.generation):
-            self._cut += left - relay.end_some(
-                self.generation, _ENDED_AT_ONCE, removed=self._removed
-            )
+        while relay.sessions(self.generation):
+            relay.end_some(self.generation, _ENDED_AT_ONCE, removed=self._removed)
             await trio.lowlevel.checkpoint()
-        completed = max(0, sessions + self.joined - self._cut)
-        self._result = DrainResult(completed, self._cut, self._goodbyes, unsaid)
+        cut += self._count_cut()
+        completed = max(0, sessions + self.joined - cut)
+        self._result = DrainResult(completed, cut, self._goodbyes, unsaid)
         self._drained.set()
         self._relay.drop_generation(self.generation)
         for target in self.targets:
             for number in target.numbers.values():
                 self._relay.drop_target(number)
+
+    def _count_cut(self) -> int:
+        """Return how many sessions have ever been cut, also by a removal of the service."""
+        ended = self._relay.ended(self.generation)
+        return ended["cut"] + ended["removed"]
 
     async def _wait_empty(self, deadline: float) -> None:
         """Wait until no session is left, but not longer than until a time on Trio's clock."""
@@ -504,7 +508,7 @@ class UdpDeployment:
         Only plain RTP can be: SRTCP needs keys that only the two sides have.
         """
         async for session, encrypted, client, client_name, target, target_name in self._calls():
-            if not encrypted:
+            if not encrypted and (client or target):
                 self._goodbyes += self._relay.say_goodbye(
                     session,
                     goodbye(target, target_name or _made_up_name(), _REASON) if target else b"",

@@ -28,6 +28,8 @@ MAX_SIZE = 256 * 1024 * 1024  # the largest limit of one service, a million sess
 RECORD = struct.Struct("<16s16s16sHHHHIIIHBB")
 ANSWERED = 1
 """The flag of a session whose target has sent something."""
+SECOND = 2
+"""The flag of the other half, of a pair of ports, of the session in the record before."""
 
 _START = struct.Struct("<HHd")  # version, number of services, when it was saved
 _LENGTH = struct.Struct("<H")  # of a text, or of the table of targets
@@ -86,6 +88,7 @@ class SavedSession:
         source_port: Port of ours that the target sees.
         answered: Whether the target has sent something.
         idle: Seconds without a datagram in either direction when it was saved.
+        second: Whether it is the other half, of a pair of ports, of the session before.
     """
 
     service: str
@@ -100,6 +103,7 @@ class SavedSession:
     source_port: int
     answered: bool
     idle: float
+    second: bool = False
 
 
 def encode(saved_at: float, services: Iterable[ServiceSessions]) -> bytes:
@@ -207,6 +211,7 @@ def _parse(service: ServiceSessions) -> Iterator[SavedSession]:
             source_port=source_port,
             answered=bool(flags & ANSWERED),
             idle=idle / 1000,
+            second=bool(flags & SECOND),
         )
 
 
@@ -226,7 +231,7 @@ def _check_records(service: ServiceSessions) -> None:
             raise SessionsFormatError(
                 f"{where}: session {number} has target {target} of {targets}, counted from 0"
             )
-        if flags & ~ANSWERED or reserved:
+        if flags & ~(ANSWERED | SECOND) or reserved:
             raise SessionsFormatError(f"{where}: session {number} has unknown flags")
 
 

@@ -50,6 +50,7 @@ _MANY_SESSIONS = 14_000
 _RESTORED_AT_ONCE = 100
 _MODES = ("running", "paused", "stopped")  # as the relay counts them
 
+
 @attrs.define(eq=False)
 class Listening:
     """The listeners of one port.
@@ -217,6 +218,7 @@ class UdpService:
     def install(self, deployment: UdpDeployment, options: UdpOptions) -> UdpDeployment | None:
         """Let a deployment serve new sessions; return the one that did."""
         replaced, self.active, self.options = self.active, deployment, options
+        self.relay.ask_again()
         self.served = deployment.served = True
         if replaced is not None:
             replaced.hand_over(deployment)
@@ -377,6 +379,7 @@ class UdpService:
                     session.answered,
                     idle,
                     header,
+                    second=session.second,
                 )
                 restored += 1
             except (OSError, ValueError):

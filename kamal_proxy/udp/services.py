@@ -27,6 +27,7 @@ from kamal_proxy.errors import (
 from kamal_proxy.listeners import reason
 from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
+from kamal_proxy.udp.admission import MAX_CANDIDATES
 from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment, UdpTarget
 from kamal_proxy.udp.drains import plan_drain
 from kamal_proxy.udp.leases import Lease, Leases
@@ -546,9 +547,9 @@ class UdpServices:
             probe=probe,
             lookups=self._lookups,
             is_own=lambda address: (
-                address[1] == options.port or options.protocol == "webrtc"
-            )
-            and is_own(address, self._bind),
+                (address[1] == options.port or options.protocol == "webrtc")
+                and is_own(address, self._bind)
+            ),
             secret=service.secret,
             log=self._log,
             trusted=trusted,
@@ -668,5 +669,11 @@ def _port_fields(options: UdpOptions) -> dict[str, object]:
 
 
 def _sockets(options: UdpOptions, targets: int) -> int:
-    """Return how many upstream sockets a service may have; without affinity one for each target."""
+    """Return how many upstream sockets a service may have.
+
+    One for each session; without affinity one for each target, and two for a call that has a pair
+    of ports, or more for a moment where its target is asked for.
+    """
+    if options.protocol == "webrtc":
+        return 2 * options.sessions.limit + MAX_CANDIDATES
     return options.sessions.limit * (1 if options.sessions.affinity else targets)

@@ -74,6 +74,15 @@ class Refusal(NamedTuple):
     local: bytes
 
 
+class Pin(NamedTuple):
+    """What `Relay.pins` tells of one."""
+
+    session: int
+    key: int
+    target: int
+    generation: int
+
+
 @attrs.frozen
 class Datagram:
     """What a peer received: one datagram, or with UDP_GRO a train of them.
@@ -240,11 +249,11 @@ class Driver:
         header: What each datagram to a target begins with.
         decide: What becomes of a newcomer; by default it is admitted.
         refusals: All refusals that the relay told, in order.
-        pins: All sessions that found their target, in order: number, key, target.
+        pins: All sessions that found their target, in order.
         emptied: How often the relay told that a generation had become empty.
         turns: How often it ran.
         pair: The last pair of ports that it listens on.
-        asked: How many newcomers have asked all targets; the last one's key.
+        asked: How often targets were asked whose client somebody is; the last key.
     """
 
     def __init__(self, *addresses: str, sockets: bool = True) -> None:
@@ -258,7 +267,7 @@ class Driver:
         self.header = b""
         self.decide: Callable[[Newcomer], None] = self.admit
         self.refusals: list[Refusal] = []
-        self.pins: list[tuple[int, int, int]] = []
+        self.pins: list[Pin] = []
         self.emptied = 0
         self.turns = 0
         self.pair = (0, 0)
@@ -361,14 +370,18 @@ class Driver:
         self.relay.admit(newcomer.number, self.generation, self.targets, self.header)
 
     def ask(self, newcomer: Newcomer) -> None:
-        """Begin the session of a newcomer whose target only the targets know."""
-        self.relay.admit(
-            newcomer.number, self.generation, self.targets, self.header, asking=1 + self.asked
-        )
+        """Ask all targets whose client a newcomer is, or somebody whose own does not know it."""
         self.asked += 1
+        number, key = newcomer.number, self.asked
+        if self.relay.has_session(number):
+            self.relay.ask(number, self.targets, key, self.header)
+        else:
+            self.relay.admit(number, self.generation, self.targets, self.header, asking=key)
 
     def pair_up(self, newcomer: Newcomer) -> None:
-        """Let a newcomer be the other half of a session, or begin one."""
+        """Let a newcomer be the other half of a session, or begin one; nobody else is asked."""
+        if self.relay.has_session(newcomer.number):
+            return
         partner = self.relay.partner(newcomer.number)
         if partner is None:
             self.admit(newcomer)
@@ -388,7 +401,7 @@ class Driver:
         if result & RUN_REFUSED:
             self.refusals += [Refusal(*each) for each in self.relay.refusals()]
         if result & RUN_PINNED:
-            self.pins += self.relay.pins()
+            self.pins += [Pin(*each) for each in self.relay.pins()]
         if result & RUN_EMPTIED:
             self.emptied += 1
         self.turns += 1

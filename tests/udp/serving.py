@@ -354,9 +354,9 @@ class World:
         self, host: str = LOCALHOST, port: int = 0, to: tuple[str, int] | None = None
     ) -> Client:
         """Return a new client of a service, by default of the one on this world's port."""
-        return Client(self.socket(host, port), to or (LOCALHOST, self.port))
+        return Client(self.open_socket(host, port), to or (LOCALHOST, self.port))
 
-    def socket(self, host: str = LOCALHOST, port: int = 0) -> trio.socket.SocketType:
+    def open_socket(self, host: str = LOCALHOST, port: int = 0) -> trio.socket.SocketType:
         """Return a new socket, which is closed with this world."""
         sock = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.bind((host, port))

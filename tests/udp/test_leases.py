@@ -270,6 +270,20 @@ async def test_ranges_that_are_too_large_are_refused_at_once(
         assert [row.name for row in room.rows] == ["calls"]
 
 
+async def test_listeners_leave_less_room_for_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "available_descriptors", lambda wanted, *, keep: 6)
+    span = free_range(4)
+    async with open_services() as room:
+        await room.deploy("calls", server(room, "v1", span[0]), **media(span, limit=7))
+        clients = [room.client(to=(LOCALHOST, span[0])) for _ in range(3)]
+        assert [await client.ask() for client in clients[:2]] == ["v1", "v1"]
+        await clients[2].send()
+        shed = {"service": "calls", "reason": "no_socket"}
+        await until(lambda: room.number("dropped_datagrams_total", **shed) == 1)
+        message = "The limit of open files allows fewer UDP sessions than --max-sessions"
+        assert room.lines.of(message) == [{"service": "calls", "wanted": 30, "available": 2}]
+
+
 async def test_a_port_of_another_service_in_the_range() -> None:
     span = free_range(6)
     async with open_services() as room:
@@ -385,11 +399,12 @@ async def test_a_removal_during_a_deploy_keeps_what_that_needs() -> None:
         await until(lambda: deploying.events)
         await room.services.remove("calls")
         await until(lambda: free(span) == [*span[4:]])
+        client = room.client(to=(LOCALHOST, span[1]))
+        waiting = await client.send()
         with socket.create_server((host, int(port))):
             await deploying.wait()
         assert room.row("calls").udp_ports == (f"udp/{text(span[:4])}",)
-        assert await room.client(to=(LOCALHOST, span[1])).ask() == "v1"
-        assert await room.client(to=(LOCALHOST, span[0])).send()
+        assert await client.receive() == b"v1:" + waiting, "it waited in the buffer"
         await room.services.remove("calls")
         assert free(span) == [*span]
 
@@ -442,6 +457,7 @@ def test_a_deploy_cancelled_anywhere(
             old, new = span[:4], span[2:]
             async with open_services(path) as room:
                 target = server(room, "v1", span[3])
+                server(room, "v1", span[6])
                 if redeploy:
                     await room.deploy("calls", target, **media(old))
                 scope = trio.CancelScope()
@@ -460,7 +476,8 @@ def test_a_deploy_cancelled_anywhere(
                 await until(lambda: free(span) == expected)
                 assert bool(room.saved) == bool(has)
                 if has:
-                    assert await room.client(to=(LOCALHOST, span[3])).ask() == "v1"
+                    last = has[0][-1]
+                    assert await room.client(to=(LOCALHOST, last)).ask() == "v1", "all are read"
                     await room.services.remove("calls")
                 assert free(span) == [*span]
                 return scope.cancelled_caught
@@ -564,3 +581,21 @@ async def test_no_session_has_a_port_of_a_range_as_its_own(monkeypatch: pytest.M
         await room.deploy("calls", target, **media(span[8:9]))
         more = [room.client(to=(LOCALHOST, span[8])) for _ in range(6)]
         assert [await client.ask() for client in more] == ["v1"] * 6
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_a_session_that_begins_meanwhile_gets_no_port_of_the_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    span = free_range(80)
+    monkeypatch.setattr(services, "_port_range", lambda: (span[0], span[-1]))
+    async with open_services() as room:
+        v1 = room.target("v1")
+        await room.deploy("game", v1, limit=20_000)
+        deploying = room.start("calls", f"{SERVER}:7880", **media(span[:-1]))
+        while free(span[:1]):
+            await trio.lowlevel.checkpoint()
+        assert free(span[-2:-1]), "it is not bound yet"
+        assert await room.client().ask() == "v1"
+        await deploying.wait()
+        assert v1.sources == {span[-1]}

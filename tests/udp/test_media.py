@@ -204,6 +204,7 @@ RTCP = [
     (rtcp(packet(SDES, 2, numbers(7) + b"\2\2ab" + chunk(8, (CNAME, b"c")))), plain()),
     (rtcp(packet(SDES, 1, numbers(7) + b"\1\3ab")), plain()),
     (rtcp(packet(SDES, 1, numbers(7) + b"\2\1a\1")), plain()),
+    (rtcp(packet(SDES, 2, numbers(7) + b"\2\xffab" + chunk(8, (CNAME, b"c")))), plain()),
     (
         rtcp(packet(SDES, 1, numbers(7) + b"\1\3ab"), packet(SDES, 1, chunk(7, (CNAME, b"c")))),
         plain(cname=b"c"),

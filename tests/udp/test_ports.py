@@ -27,7 +27,6 @@ from kamal_proxy.udp.ports import (
     Binder,
     available_descriptors,
     listen_udp,
-    make_room,
     owner_of,
 )
 

@@ -160,7 +160,7 @@ def test_a_target_that_refuses_is_passed_over_for_a_moment(driver: Driver) -> No
     refusal = driver.refusals[0]
     assert not refusal.affinity
     assert (refusal.generation, refusal.refusals) == (driver.generation, 1)
-    with pytest.raises(ValueError, match="without affinity"):
+    with pytest.raises(ValueError, match="without affinity, stays"):
         driver.relay.move(refusal.session, driver.generation, targets[0].number)
     reopened = driver.reopened(*targets[1].where)
     driver.wait_for(1.1)

@@ -241,7 +241,7 @@ WRONG = [
         sealed(body(count=1, rest=service(b"a", record(target=1)))),
         "service 'a': session 1 has target 1 of 1, counted from 0",
     ),
-    (sealed(body(count=1, rest=service(b"a", record(flags=2)))), "has unknown flags"),
+    (sealed(body(count=1, rest=service(b"a", record(flags=4)))), "has unknown flags"),
     (sealed(body(count=1, rest=service(b"a", record(reserved=1)))), "has unknown flags"),
 ]
 

@@ -162,6 +162,7 @@ def test_a_request_with_one_wrong_byte(at: int, change: int) -> None:
 
 
 @pytest.mark.fuzz
+@at_least(100)
 @given(ATTRIBUTES, st.from_regex(rb"[a-zA-Z0-9+/]{4,256}", fullmatch=True), st.binary(max_size=9))
 def test_every_fragment_is_found(before: list[bytes], ufrag: bytes, rest: bytes) -> None:
     """Whatever precedes it, if that is well-formed and no name."""
