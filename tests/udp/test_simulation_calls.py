@@ -397,7 +397,8 @@ class Simulation:
             low, high = session.cut
             if session.server in chosen and not session.shaky and low > before:
                 continue  # a server in both sets is not drained
-            high = after + patience if low == math.inf and not session.shaky else high
+            if low == math.inf and session.server is not None and not session.shaky:
+                high = after + patience  # any other may be with a server that stays
             session.cut = (min(low, before + patience), high)
         self.active = chosen
 
