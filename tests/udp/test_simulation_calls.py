@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 0.6  # seconds of silence after which a session is over
 TICK = 0.1  # the relay looks at them so often
-CLOSE = 0.02  # seconds by which what the model measures may be off
+CLOSE = 0.1  # seconds by which what the model measures may be off on a busy machine
 NAMES = ("v1", "v2", "v3", "v4")
 CALLERS = 10  # of each kind
 STEPS = 100
