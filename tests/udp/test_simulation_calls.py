@@ -31,7 +31,7 @@ CLOSE = 0.1  # seconds by which what the model measures may be off on a busy mac
 NAMES = ("v1", "v2", "v3", "v4")
 CALLERS = 10  # of each kind
 STEPS = 100
-RUNS = 2
+RUNS = 1
 ACTIONS = {
     "check": 30,
     "data": 15,
