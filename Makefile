@@ -11,8 +11,11 @@ SWITCHES ?= 5
 RATE ?= 200
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+TEST_PROCESSES ?= 2
 BENCH_FLAGS ?=
 SOAK_SWITCHES ?= 150
+# Files stay whole: what a file's tests share is made once.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 export FUZZ_EXAMPLES ?= 20000
 export LEAK_ROUNDS ?= 1000000
 
@@ -47,8 +50,8 @@ run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080)
 	@exec env HOME='$(CURDIR)/$(PRIVATE)' KAMAL_PROXY_SOCKET='$(CURDIR)/$(PRIVATE)/kamal-proxy.sock' \
 	  $(BIN)/kamal-proxy run --http-port $(HTTP_PORT)
 
-test: $(BUILT) ## run the tests (TEST_FLAGS="-k name")
-	@$(BIN)/python -m pytest $(TEST_FLAGS)
+test: $(BUILT) ## run the tests (TEST_FLAGS="-k name" TEST_PROCESSES=2)
+	@$(PYTEST) $(TEST_FLAGS)
 
 lint: $(BUILT) ## check style, formatting and types
 	@$(BIN)/ruff check
@@ -68,8 +71,8 @@ bench-udp: $(BUILT) ## measure CPU per datagram beside nginx and a bare C relay 
 sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (LEAK_ROUNDS=1000000)
 	@.ci/sanitize $(BIN)/python
 
-fuzz: $(BUILT) ## try many more inputs, a quarter of an hour (FUZZ_EXAMPLES=20000)
-	@$(BIN)/python -m pytest -m fuzz --hypothesis-profile=fuzz -o faulthandler_timeout=3600 $(TEST_FLAGS)
+fuzz: $(BUILT) ## try many more inputs, half an hour (FUZZ_EXAMPLES=20000)
+	@$(PYTEST) -m fuzz --hypothesis-profile=fuzz -o faulthandler_timeout=3600 $(TEST_FLAGS)
 
 soak: $(BUILT) ## the demo for ten minutes: the proxy must not grow (SOAK_SWITCHES=150)
 	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
