@@ -10,6 +10,8 @@ cdef inline void _take_socket(Flow *flow, const Flow *other) noexcept nogil:
     """Let a flow have the upstream socket of another one, and what belongs to that."""
     flow.fd = other.fd
     flow.target = other.target
+    flow.header = other.header
+    flow.header_size = other.header_size
     flow.overflow = other.overflow
     flow.source_port = other.source_port
     flow.refusals = other.refusals
@@ -97,9 +99,9 @@ cdef class CallTable(SessionTable):
             event.events = EPOLLIN
             event.data.ptr = head
             epoll_ctl(self._epoll, EPOLL_CTL_MOD, head.fd, &event)
-            head.media.ice = head.media.spoken = False
-            head.media.waiting_since = 0
+            _forget_target(head.media)
             head.rtcp = NULL
+        self._changed += 1
         self._stop_asking(head)
         self._schedule(head)
         self._arm()
@@ -138,6 +140,7 @@ cdef class CallTable(SessionTable):
         if side == BY_TARGET and not media.spoken:
             media.spoken = kind != KIND_STUN or _two(data) != STUN_ERROR
         if kind == KIND_RTP:
+            voice.at = self._clock
             memcpy(&ssrc, data + 8, 4)
             if ssrc != voice.last or voice.left or not voice.count:
                 _note_source(voice, ssrc)
@@ -149,7 +152,11 @@ cdef class CallTable(SessionTable):
         elif kind == KIND_DTLS:
             # Only the target's word counts: a stranger can send in the client's name.
             media.dtls = media.dtls or side == BY_TARGET
-            if _has_alert(data, size):
+            # Who has RTCP that all can read has no DTLS to end.
+            if (
+                (media.dtls or media.ice or media.plain <= media.garbled)
+                and _has_alert(data, size)
+            ):
                 self._hint(head, END_DTLS_CLOSED)
 
     cdef void _hear_stun(self, Flow *head, int side, uint32_t kind) noexcept nogil:
@@ -217,7 +224,7 @@ cdef class CallTable(SessionTable):
                 for i in range(min(<uint32_t>(packet[0] & 31), length // 4 - 1)):
                     memcpy(&ssrc, packet + 4 + 4 * i, 4)
                     _note_bye(voice, ssrc)
-        if left and voice.left == (<uint32_t>1 << voice.count) - 1:
+        if left and voice.count and voice.left == (<uint32_t>1 << voice.count) - 1:
             self._hint(head, END_BYE)
 
     # Goodbyes
@@ -262,6 +269,14 @@ cdef class CallTable(SessionTable):
             flow = flow.ring
             if flow == head:
                 return NULL
+
+
+cdef void _forget_target(Media *media) noexcept nogil:
+    """Forget what the target of a session has shown: it has another one now."""
+    free(media.voices[BY_TARGET].cname)
+    memset(&media.voices[BY_TARGET], 0, sizeof(Voice))
+    media.spoken = media.ice = media.dtls = False
+    media.waiting_since = 0
 
 
 cdef void _note_source(Voice *voice, uint32_t ssrc) noexcept nogil:

@@ -218,7 +218,7 @@ class Relay:
 
     @property
     def changes(self) -> int:
-        """A number that differs when sessions have begun, ended or moved."""
+        """A number that differs when sessions have begun, ended, moved, joined or been pinned."""
 
     def listen(self, fd: int) -> int:
         """Read from a bound UDP socket of AF_INET6 or AF_INET, which must not block.
@@ -282,7 +282,7 @@ class Relay:
         """
 
     def hurry(self, generation: int) -> None:
-        """From now on, let sessions end that carry nothing for two seconds."""
+        """From now on, let sessions end that carry nothing for two seconds, with ICE for eight."""
 
     def let_go(self, generation: int) -> None:
         """Take the sessions of a generation without affinity from their clients.
@@ -387,7 +387,8 @@ class Relay:
         """Return the session that a newcomer is the other half of, with its generation and target.
 
         That is one of the same client address on the other port of the pair, preferably from the
-        port beside the newcomer's, which has no second half yet.
+        port beside the newcomer's, which has no second half yet. The last 1,024 sessions of the
+        address are looked at, and the last 32 for what would be dropped in a pause or a full table.
         """
 
     def has_session(self, number: int) -> bool:
@@ -425,14 +426,17 @@ class Relay:
 
     @property
     def undecided(self) -> int:
-        """How many sessions have no target yet."""
+        """How many sessions others are asked for: they have no target yet, or seem to be lost."""
 
     @property
     def pairs(self) -> int:
         """How many sessions have both ports of a pair; it looks at all sessions."""
 
     def undecided_from(self, number: int) -> int:
-        """Return how many sessions of a newcomer's address have no target yet."""
+        """Return how many of :attr:`undecided` are of a newcomer's address.
+
+        The last 1,024 sessions of the address are looked at.
+        """
 
     def pins(self) -> list[tuple[int, int, int, int]]:
         """Return the sessions that found their target in the last run.
@@ -495,6 +499,8 @@ class Relay:
         asking: int = 0,
     ) -> None:
         """Begin the session of a newcomer and send on what it has sent so far.
+
+        In a pause that is dropped instead: who was asked about then seemed to be half of a session.
 
         Args:
             number: The newcomer.

@@ -47,6 +47,7 @@ cdef struct Voice:
     uint32_t ssrcs[MAX_SSRCS]
     uint8_t *cname            # of one of them, or NULL
     uint32_t cname_size
+    uint64_t at               # milliseconds: the last RTP
 
 cdef struct Media:
     Voice voices[2]
@@ -95,13 +96,16 @@ cdef inline int _kind(const uint8_t *data, uint32_t size) noexcept nogil:
 
 cdef uint32_t _error_code(const uint8_t *data, uint32_t size) noexcept nogil:
     """Return the code of a STUN error response (RFC 8489 14.8), 0 if it has none."""
-    cdef uint32_t at = STUN_HEADER, length
+    cdef uint32_t at = STUN_HEADER, length, hundreds
     while at + 4 <= size:
         length = _two(data + at + 2)
         if at + 4 + length > size:
             return 0
         if _two(data + at) == STUN_ERROR_CODE:
-            return (data[at + 6] & 7) * 100 + data[at + 7] if length >= 4 else 0
+            if length < 4:
+                return 0
+            hundreds = data[at + 6] & 7
+            return hundreds * 100 + data[at + 7] if 3 <= hundreds <= 6 and data[at + 7] < 100 else 0
         at += 4 + (length + 3) // 4 * 4
     return 0
 

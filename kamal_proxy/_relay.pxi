@@ -429,6 +429,8 @@ cdef class Relay(CallTable):
                 if (
                     _is_request(<uint8_t *>self._in_parts[i].iov_base, size)
                     and self._may_be_lost(head)
+                    # It gets there anyway: without room for a copy, the next one will do.
+                    and self._newcomer_count < MAX_NEWCOMERS and self._piece_count < MAX_PIECES
                 ):
                     head.media.asked_at = self._clock
                     self._note_newcomer(number, port, scope, &local, i, size)
@@ -1039,7 +1041,7 @@ cdef class Relay(CallTable):
         newcomer.scope = scope
         newcomer.client_port = port
         newcomer.listener = <uint16_t>listener
-        return self._partner(&newcomer) != NULL
+        return self._partner(&newcomer, NEAREST) != NULL
 
     def newcomers(self):
         cdef uint32_t i
@@ -1088,11 +1090,11 @@ cdef class Relay(CallTable):
 
     def partner(self, uint32_t number):
         """Return session, generation and target of the other half of a pair, or None."""
-        cdef Flow *flow = self._partner(self._newcomer(number))
+        cdef Flow *flow = self._partner(self._newcomer(number), NEIGHBOURS)
         return None if flow == NULL else (_number(flow), flow.generation, flow.target)
 
     def undecided_from(self, uint32_t number):
-        """Return how many sessions of a newcomer's address have no target yet."""
+        """Return how many sessions of a newcomer's address others are asked for."""
         cdef Newcomer *newcomer = self._newcomer(number)
         cdef Flow *flow = self._address_place(&newcomer.client)[0]
         cdef int count = 0, left = NEIGHBOURS
@@ -1188,6 +1190,10 @@ cdef class Relay(CallTable):
             raise ValueError(f"the header has more than {HEADER_ROOM} bytes")
         if self._session_of(newcomer) != NULL:
             raise ValueError("there is such a session already")
+        if self.mode == MODE_PAUSED:
+            # It seemed to be the other half of a session, which has another one by now.
+            self._drop_newcomer(newcomer, DROP_PAUSED)
+            return
         self._clock = _now()
         head = self._begin(generation, targets, newcomer, header, 0, False, self._clock, asking)
         piece = newcomer.first
@@ -1338,6 +1344,8 @@ cdef class Relay(CallTable):
             flow = flow.ring
             if flow == head:
                 break
+        if head.media != NULL:
+            _forget_target(head.media)
         head.moves += 1
         self._moved_sessions += 1
         if head.kept != NULL:

@@ -12,10 +12,12 @@ cdef enum:
     EXPIRE_AT_ONCE = 256
     FAIR_CHANCE = 1000        # milliseconds in which a target may answer before a session is evicted
     CONFIRM = 2000            # milliseconds of silence that confirm a hint
+    CONFIRM_QUIET = 8000      # the same of who was quiet anyway: with ICE, checks every 4 to 6 seconds
     WITHDRAWN = 5000          # milliseconds after which who still talks takes a hint back
     CONSENT = 30000           # milliseconds without which ICE's consent has lapsed (RFC 7675 5.1)
     UNDECIDED = 10000         # milliseconds for which other targets are asked for a client
     NEIGHBOURS = 1024         # sessions of one address that are looked at, at most
+    NEAREST = 32              # the same for a datagram that will probably be dropped
     PORT_TRIES = 64
     RECORD_BYTES = 72
     HEADER_ROOM = 52
@@ -141,7 +143,7 @@ cdef struct PortMap:
     PortMap *next
     sockaddr_in6 address      # or a sockaddr_in
     uint32_t users
-    uint32_t last             # the port that was taken last
+    uint32_t last             # the port that was tried last
     uint8_t taken[8192]       # one bit per port
 
 cdef struct Target:
@@ -243,6 +245,20 @@ cdef inline bint _is_asked(const Flow *flow) noexcept nogil:
 cdef inline bint _is_bound(const Flow *head) noexcept nogil:
     """Return whether no other target could go on with a session: it has agreed on keys with one."""
     return head.media != NULL and (head.media.key != 0 or head.media.ice or head.media.dtls)
+
+
+cdef inline uint64_t _silence(const Flow *head) noexcept nogil:
+    """Return for how long a session that seems to be over must be silent to be so.
+
+    With ICE, silence says little of who sent no media just before, as with data channels.
+    """
+    cdef uint64_t spoke
+    if head.media == NULL or not head.media.ice:
+        return CONFIRM
+    spoke = head.media.voices[BY_CLIENT].at
+    if head.gone_reason != END_CLIENT_GONE:
+        spoke = max(spoke, head.media.voices[BY_TARGET].at)
+    return CONFIRM if spoke + CONFIRM > head.gone_since else CONFIRM_QUIET
 
 
 cdef bint _give_header(Flow *flow, bytes header) noexcept:
@@ -407,12 +423,13 @@ cdef class SessionTable:
     cdef uint32_t _listener_hint  # all places before it are taken
     cdef bint _has_media      # there are, or were, sessions whose media are looked at
     cdef uint64_t _restored   # the session that was restored last
-    cdef uint64_t _undecided  # sessions that have no target yet
+    cdef uint64_t _undecided  # sessions that others are asked for
     # Counters.
     cdef uint64_t _dropped[DROPS]
     cdef uint64_t _ended[ENDS]
     cdef uint64_t _created
     cdef uint64_t _moved_sessions
+    cdef uint64_t _changed    # how often a session has got a half, or found its target
 
     def __cinit__(self, bytes seed not None, *, bint sockets=True):
         cdef epoll_event event
@@ -831,7 +848,7 @@ cdef class SessionTable:
 
     @property
     def changes(self):
-        return 2 * self._created - self._live + self._moved_sessions
+        return 2 * self._created - self._live + self._moved_sessions + self._changed
 
     @property
     def closed(self):
@@ -1203,17 +1220,16 @@ cdef class SessionTable:
             self._listeners[other].is_rtcp = False
             self._listeners[other].partner = -1
 
-    cdef Flow *_partner(self, const Newcomer *newcomer) noexcept nogil:
+    cdef Flow *_partner(self, const Newcomer *newcomer, int left) noexcept nogil:
         """Return the session whose other half a newcomer is, or NULL.
 
         That of the same client address on the other port of the pair: best from the port beside
-        the newcomer's, else from any, as after address translation.
+        the newcomer's, else from any, as after address translation; of the last ``left`` only.
         """
         cdef Listener *listener = &self._listeners[newcomer.listener]
         cdef uint32_t other
         cdef uint16_t port
         cdef Flow *flow
-        cdef int left = NEIGHBOURS
         if listener.partner < 0:
             return NULL
         other = <uint32_t>listener.partner
@@ -1259,6 +1275,7 @@ cdef class SessionTable:
             raise OSError(number, os.strerror(number))
         leg.head = leg.ring = head
         head.ring = leg
+        self._changed += 1
         self._list(leg)
         return leg
 
@@ -1379,10 +1396,10 @@ cdef class SessionTable:
                 or self._ports._is_avoided(place) or self._ports._is_taken_beside(ports, place)
             ):
                 continue
+            ports.last = place  # also if somebody has it: the next search begins after it
             number = self._bind_to(fd, target, <uint16_t>place)
             if number == 0:
                 ports.taken[place >> 3] |= <uint8_t>(1 << (place & 7))
-                ports.last = place
                 return 0
             tries -= 1
             if number != -EADDRINUSE or not tries:
@@ -1420,7 +1437,7 @@ cdef class SessionTable:
         cdef uint64_t patience = generation.idle if flow.answered else generation.unanswered
         cdef uint64_t deadline
         if flow.let_go or generation.hurried:
-            patience = min(patience, <uint64_t>CONFIRM)
+            patience = min(patience, CONFIRM)
         deadline = _heard(flow) + patience
         if patience >= COARSE:  # so that quiet sessions wake nobody more than once a second
             deadline = (deadline + 999) // 1000 * 1000
@@ -1440,8 +1457,8 @@ cdef class SessionTable:
         hints, anybody could have forged: both sides must have fallen silent.
         """
         if flow.gone_reason == END_CLIENT_GONE:
-            return flow.gone_since + CONFIRM
-        return max(flow.gone_since, _heard(flow)) + CONFIRM
+            return flow.gone_since + _silence(flow)
+        return max(flow.gone_since, _heard(flow)) + _silence(flow)
 
     cdef uint64_t _lapsed_at(self, Flow *flow) noexcept nogil:
         """Return when nobody can go on any more for lack of consent (RFC 7675 5.1)."""
@@ -1454,6 +1471,7 @@ cdef class SessionTable:
 
     cdef void _hint(self, Flow *head, int reason) noexcept nogil:
         """Take note that a session seems to be over; silence has to confirm that."""
+        self._withdraw_hint(head)  # an older one that does not hold any more is not in the way
         if head.gone_since == 0:
             head.gone_since = self._clock
             head.gone_reason = reason
@@ -1641,13 +1659,14 @@ cdef class SessionTable:
         newcomer.listener = <uint16_t>listener
         newcomer.hash = self._hash(listener, &newcomer.client, newcomer.client_port)
         self._clock = _now()
+        head = self._numbered_flow(
+            <uint32_t>self._restored, <uint32_t>(self._restored >> 32)
+        ) if second else NULL
+        self._restored = 0  # if this one fails, the next one is not the other half of that before
         if self._find(
             newcomer.hash, listener, &newcomer.client, newcomer.client_port, scope, &newcomer.local
         ) != NULL:
             raise ValueError("there is such a session already")
-        head = self._numbered_flow(
-            <uint32_t>self._restored, <uint32_t>(self._restored >> 32)
-        ) if second else NULL
         if (
             head != NULL and head.target == target and self._takes_leg(head)
             and self._listeners[listener].partner == head.listener

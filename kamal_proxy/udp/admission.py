@@ -109,18 +109,16 @@ class Admission:
             if partner is not None:
                 self._open(number, 1, lambda: relay.join(number, partner[0], header))
                 return
-        if relay.full and not relay.evict():
-            relay.refuse(number, "session_limit")
-            return
-        asking = 0
         if request is not None:
             asking, generation, targets = self._find_server(active, request)
             if asking and not self._may_ask(number):
                 return
-        elif options.affinity:
+        if relay.full and not relay.evict():
+            relay.refuse(number, "session_limit")
+            return
+        if request is None:
+            asking = 0
             generation, targets = self._choose(active, number, client, local)
-        else:
-            generation, targets = active.generation, active.all_numbers()
         if not targets:
             relay.refuse(number, "no_target")
             self._tell("UDP sessions shed", reason="no_target")
@@ -158,7 +156,9 @@ class Admission:
     def _choose(
         self, active: UdpDeployment, number: int, client: bytes, local: bytes
     ) -> tuple[int, tuple[int, ...]]:
-        """Return generation and target of a new session; no target if there is none."""
+        """Return generation and targets of a new session; no target if there is none."""
+        if not active.options.sessions.affinity:
+            return active.generation, active.all_numbers()
         strategy = active.options.sessions.strategy
         if strategy == "source-ip":
             followed = self._relay.following(number)

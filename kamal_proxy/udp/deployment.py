@@ -144,7 +144,7 @@ class UdpDeployment:
         self._empty = trio.Event()
         self._drained = trio.Event()
         self._result = DrainResult()
-        self._goodbyes = 0
+        self._goodbyes = self._unsaid = 0
         self._removed = False
         #: Sessions that have come while it drained, without those that have left it.
         self.joined = 0
@@ -467,11 +467,29 @@ class UdpDeployment:
     # Draining
 
     async def _drain(self) -> None:
-        relay, plan, began = self._relay, self._plan, trio.current_time()
+        relay = self._relay
         sessions, self.joined = relay.sessions(self.generation), 0
         cut = -self._count_cut()
         relay.let_go(self.generation)
         self.notice_empty()
+        try:
+            await self._end_sessions(self._plan)
+        finally:  # a service that is removed ends sooner, and whoever waits is told of that too
+            cut += self._count_cut()
+            left = relay.sessions(self.generation)
+            completed = max(0, sessions + self.joined - cut - left)
+            # One that was counted may have ended by itself before its turn came.
+            unsaid = min(self._unsaid, cut)
+            self._result = DrainResult(completed, cut, self._goodbyes, unsaid)
+        self._drained.set()
+        relay.drop_generation(self.generation)
+        for target in self.targets:
+            for number in target.numbers.values():
+                relay.drop_target(number)
+
+    async def _end_sessions(self, plan: DrainPlan) -> None:
+        """Wait for the sessions' ends, and end those that are left when the plan says so."""
+        relay, began = self._relay, trio.current_time()
         if plan.goodbye_after is not None:
             await self._wait_empty(began + plan.goodbye_after)
             await self._say_goodbye()
@@ -479,18 +497,10 @@ class UdpDeployment:
             await self._wait_empty(began + plan.end_silent_after)
             relay.hurry(self.generation)
         await self._wait_empty(began + plan.cut_after)
-        unsaid = 0 if self._removed else await self._count_encrypted()
+        await self._count_encrypted()
         while relay.sessions(self.generation):
             relay.end_some(self.generation, _ENDED_AT_ONCE, removed=self._removed)
             await trio.lowlevel.checkpoint()
-        cut += self._count_cut()
-        completed = max(0, sessions + self.joined - cut)
-        self._result = DrainResult(completed, cut, self._goodbyes, unsaid)
-        self._drained.set()
-        self._relay.drop_generation(self.generation)
-        for target in self.targets:
-            for number in target.numbers.values():
-                self._relay.drop_target(number)
 
     def _count_cut(self) -> int:
         """Return how many sessions have ever been cut, also by a removal of the service."""
@@ -505,8 +515,11 @@ class UdpDeployment:
     async def _say_goodbye(self) -> None:
         """Tell both sides of each call that it ends (RFC 3550 7.2), where that can be told.
 
-        Only plain RTP can be: SRTCP needs keys that only the two sides have.
+        Only plain RTP can be: SRTCP needs keys that only the two sides have. Nor is anybody told of
+        the removal of a service.
         """
+        if self._removed:
+            return
         async for session, encrypted, client, client_name, target, target_name in self._calls():
             if not encrypted and (client or target):
                 self._goodbyes += self._relay.say_goodbye(
@@ -515,8 +528,10 @@ class UdpDeployment:
                     goodbye(client, client_name or _made_up_name(), _REASON) if client else b"",
                 )
 
-    async def _count_encrypted(self) -> int:
-        return sum([encrypted async for _, encrypted, *_ in self._calls()])
+    async def _count_encrypted(self) -> None:
+        """Count the calls that are cut next without a goodbye, because nobody can say it."""
+        if not self._removed:
+            self._unsaid = sum([encrypted async for _, encrypted, *_ in self._calls()])
 
     async def _calls(self) -> AsyncIterator[_Call]:
         """Yield the sessions that there are now, and let others have their turns meanwhile."""

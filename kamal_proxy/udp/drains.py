@@ -13,9 +13,6 @@ import attrs
 if TYPE_CHECKING:
     from kamal_proxy.udp.options import UdpDeploymentOptions
 
-SILENCE = 2.0
-"""Seconds without a datagram after which a session that was told goodbye is taken for over."""
-
 
 @attrs.frozen(kw_only=True)
 class DrainPlan:
@@ -23,8 +20,8 @@ class DrainPlan:
 
     Attributes:
         goodbye_after: When each is told goodbye; None means never.
-        end_silent_after: From when on one is ended that was silent for ``SILENCE`` seconds; None
-            means never.
+        end_silent_after: From when on one is ended that was silent for two seconds; None means
+            never.
         cut_after: When all others are cut.
     """
 

@@ -23,7 +23,7 @@ from kamal_proxy.udp.ports import (
     make_room,
     require_descriptors,
 )
-from kamal_proxy.udp.ranges import common_port, names_of, pairs_of, spans_of, without
+from kamal_proxy.udp.ranges import common_port, names_of, pairs_of, ports_of, spans_of, without
 from kamal_proxy.udp.service import Listening, UdpService
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Leases:
 
     def sockets_with(self, options: UdpOptions) -> int:
         """Return how many sockets would be bound if a service of these options were too."""
-        new = sum(port not in self._bound for port in chain.from_iterable(spans_of(options)))
+        new = sum(port not in self._bound for port in ports_of(options))
         return self.sockets + new * self._binder.sockets_each
 
     async def take(
@@ -119,6 +119,8 @@ class Leases:
             (each for each in self._closing if common_port(spans, each.spans) is not None), None
         ):
             await closing.closed.wait()
+        if service.relay.closed:
+            raise ShuttingDownError("the proxy is shutting down")
         self._require_no_other(service, spans)
         lease = Lease(service, options, spans)
         for span in self._only_in(lease):

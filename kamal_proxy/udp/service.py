@@ -189,11 +189,6 @@ class UdpService:
         for each in leaving:
             each.numbers.clear()
 
-    @property
-    def pairs_in_use(self) -> int:
-        """How many sessions have both ports of a pair."""
-        return self.relay.pairs
-
     # Deployments
 
     def start(self, deployment: UdpDeployment) -> None:
@@ -290,7 +285,7 @@ class UdpService:
         return ServiceDescription(
             name=self.name,
             udp_ports=names_of(spans_of(self.options)),
-            pairs_in_use=self.pairs_in_use,
+            pairs_in_use=self.relay.pairs,
             protocol=self.options.protocol,
             max_sessions=self.options.sessions.limit,
             targets=self.active.target_names,

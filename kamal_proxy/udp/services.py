@@ -109,6 +109,7 @@ class UdpServices:
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
         self._saved_mark: tuple[object, object] = ([], [])  # nothing is saved of no service
         self._room = 0  # listeners and upstream sockets that all services may have
+        self._told_wanted = 0  # upstream sockets that it was said there are too few for
         self._source_ports = SourcePorts(*_port_range())
         self._leases = Leases(bind, self._source_ports, self._installed.values)
         self._held: dict[UdpDeployment, Lease] = {}
@@ -457,6 +458,9 @@ class UdpServices:
             await service.run()
         finally:
             self._leases.close_all(service)
+            # Those of its deployments that were not drained by now never will be.
+            held = self._held.items()
+            self._held = {each: lease for each, lease in held if lease.service is not service}
 
     async def _end_service(self, service: UdpService) -> None:
         """End a service that is not installed, and free its ports; it is not interrupted."""
@@ -499,19 +503,26 @@ class UdpServices:
         await self._leases.listen(lease)
 
     def _check_descriptors(self, name: str, options: UdpOptions, targets: int) -> None:
-        """Share the file descriptors with everything else; warn if they are too few."""
-        needed = {
-            service.name: _sockets(service.options, len(service.active.targets))
+        """Share the file descriptors with everything else; warn if they are too few.
+
+        Only if more are wanted than when that was said last.
+        """
+        known = {
+            service.name: (service.options, len(service.active.targets))
             for service in self._installed.values()
             if service.options is not None and service.active is not None
         }
-        needed[name] = _sockets(options, targets)
-        wanted = sum(needed.values())
+        known[name] = options, targets
+        wanted = sum(_sockets(each, count) for each, count in known.values())
+        spare = sum(_spare_sockets(each) for each, _ in known.values())
         listeners = self._leases.sockets_with(options)
-        room = available_descriptors(listeners + wanted, keep=kept_descriptors())
+        room = available_descriptors(listeners + wanted + spare, keep=kept_descriptors())
         self._room = max(self._room, room)  # also where this deploy comes to nothing
         available = max(0, room - listeners)
-        if available < wanted:
+        if available >= wanted:
+            self._told_wanted = 0
+        elif wanted > self._told_wanted:  # the same again would tell the operator nothing new
+            self._told_wanted = wanted
             self._log.warning(
                 "The limit of open files allows fewer UDP sessions than --max-sessions",
                 service=name,
@@ -671,9 +682,14 @@ def _port_fields(options: UdpOptions) -> dict[str, object]:
 def _sockets(options: UdpOptions, targets: int) -> int:
     """Return how many upstream sockets a service may have.
 
-    One for each session; without affinity one for each target, and two for a call that has a pair
-    of ports, or more for a moment where its target is asked for.
+    One for each session; without affinity one for each target, and two for a call on a pair of
+    ports.
     """
-    if options.protocol == "webrtc":
-        return 2 * options.sessions.limit + MAX_CANDIDATES
+    if options.port_ranges:
+        return 2 * options.sessions.limit
     return options.sessions.limit * (1 if options.sessions.affinity else targets)
+
+
+def _spare_sockets(options: UdpOptions) -> int:
+    """Return how many more it may have for a moment, while targets of calls are asked for."""
+    return options.sessions.limit + MAX_CANDIDATES if options.protocol == "webrtc" else 0

@@ -28,7 +28,7 @@ class Looked:
     Attributes:
         kind: ``stun``, ``dtls``, ``turn``, ``rtp``, ``rtcp`` or ``other``.
         stun_type: The message type of STUN, 0 of anything else.
-        error_code: What a Binding error response says first, 0 if it says nothing.
+        error_code: What a Binding error response says first, 0 if that is no code of STUN.
         alert: Whether an alert under keys (epoch 1 or later) is among the DTLS records.
         ssrc: Who sent the RTP.
         plain: Whether the RTCP can be read; SRTCP can't.
@@ -95,7 +95,8 @@ def error_code(data: bytes) -> int:
     """Return the code of the first ERROR-CODE attribute: hundreds, then the rest (14.8)."""
     for kind, value in attributes(data):
         if kind == ERROR_CODE:
-            return value[2] % 8 * 100 + value[3] if len(value) >= 4 else 0
+            hundreds, rest = (value[2] % 8, value[3]) if len(value) >= 4 else (0, 0)
+            return hundreds * 100 + rest if hundreds in range(3, 7) and rest in range(100) else 0
     return 0
 
 

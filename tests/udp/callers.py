@@ -43,7 +43,7 @@ from tests.udp.serving import Room, World, open_services, open_world
 from tests.udp.test_leases import free_range
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from kamal_proxy._fastpath import Relay
     from kamal_proxy.deployment import DrainResult
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 SOFTWARE = 0x8022  # an attribute of STUN that all may ignore
 APPLICATION = 23  # records of DTLS that carry data
+SHORT = 0.5  # seconds; a session that is silent for so long is over
+IN_TURN = 0.1  # seconds between two words of who goes on talking
 _HOPS = 4  # of a question and its answer, through the proxy
 _ssrcs = itertools.count(0x1000)
 
@@ -370,6 +372,22 @@ class Phone:
                 self.heard.append(heard)
                 self._news.set()
                 self._news = trio.Event()
+
+
+@asynccontextmanager
+async def saying(*words: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Say all of it again and again for the length of a block."""
+
+    async def keep_saying() -> None:
+        while True:
+            for word in words:
+                await word()
+            await trio.sleep(IN_TURN)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_saying)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 @attrs.define(eq=False)

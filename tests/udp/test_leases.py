@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import socket
+import threading
+import weakref
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.errors import (
     DeployFailedError,
@@ -281,7 +285,23 @@ async def test_listeners_leave_less_room_for_sessions(monkeypatch: pytest.Monkey
         shed = {"service": "calls", "reason": "no_socket"}
         await until(lambda: room.number("dropped_datagrams_total", **shed) == 1)
         message = "The limit of open files allows fewer UDP sessions than --max-sessions"
-        assert room.lines.of(message) == [{"service": "calls", "wanted": 30, "available": 2}]
+        assert room.lines.of(message) == [{"service": "calls", "wanted": 14, "available": 2}]
+
+
+async def test_how_many_sockets_calls_may_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two each where there are pairs of ports, and more while servers are asked for."""
+    asked = []
+
+    def available(wanted: int, *, keep: int) -> int:
+        asked.append(wanted)
+        return wanted
+
+    monkeypatch.setattr(services, "available_descriptors", available)
+    span = free_range(4)
+    async with open_services() as room:
+        await room.deploy("calls", f"{SERVER}:7880", **media(span, limit=100))
+        await room.deploy("calls", f"{SERVER}:7880", **media(port=span[0], limit=100))
+        assert asked == [4 + 2 * 100 + 116, 4 + 100 + 116]
 
 
 async def test_a_port_of_another_service_in_the_range() -> None:
@@ -486,6 +506,41 @@ def test_a_deploy_cancelled_anywhere(
 
     assert run_with_every_cancellation(attempt) > 10
     assert seen == {"old" if redeploy else "none", "new"}
+
+
+async def test_a_service_that_is_removed_leaves_nothing_behind() -> None:
+    span = free_range(4)
+    gone: list[weakref.ref[object]] = []
+    async with open_services() as room:
+        target = server(room, "v1", span[1])
+        for options in ({}, {"drain_strategy": "graceful", "drain_timeout": 60.0}):
+            await room.deploy("calls", target, **media(span))
+            assert await room.client(to=(LOCALHOST, span[1])).ask() == "v1"
+            await room.begin("calls", f"{SERVER}:7880", **media(span), **options)
+            gone += map(weakref.ref, room.installed("calls").deployments.values())
+            await room.services.remove("calls")
+        await wait_all_tasks_blocked()
+        gc.collect()
+        assert [each() for each in gone] == [None] * 4
+
+
+@pytest.mark.usefixtures("few_at_once")
+async def test_a_proxy_that_ends_while_room_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    span, began, may_end = free_range(9), threading.Event(), threading.Event()
+
+    def make_room(descriptors: int) -> None:
+        began.set()
+        may_end.wait()
+
+    monkeypatch.setattr(leases, "make_room", make_room)
+    async with open_world() as world:
+        async with open_services(None, world) as room:
+            deploying = room.start("calls", f"{SERVER}:7880", **media(span))
+            await until(began.is_set)
+        may_end.set()
+        with pytest.raises(ShuttingDownError):
+            await deploying.wait()
+        assert free(span) == [*span]
 
 
 @pytest.mark.usefixtures("few_at_once")

@@ -320,15 +320,21 @@ async def test_too_few_descriptors_for_all_sessions_are_told_at_the_deploy(
         port = free_port()
         await room.deploy("other", *targets, limit=100, affinity=False, port=port)
         await room.deploy("other", *targets, limit=200, affinity=False, port=port)
-        sessions = [300, 300 + 2 * 100, 300 + 2 * 200]
-        listeners = [1, 2, 2]
+        await room.deploy("other", *targets, limit=200, affinity=False, port=port)
+        await room.deploy("other", *targets, limit=150, affinity=False, port=port)
+        sessions = [300, 300 + 2 * 100, 300 + 2 * 200, 300 + 2 * 200, 300 + 2 * 150]
+        listeners = [1, 2, 2, 2, 2]
         assert asked == [sum(both) for both in zip(sessions, listeners, strict=True)], (
             "all services share them"
         )
         assert room.lines.of(message) == [
             {"service": "other", "wanted": 500, "available": 498},
             {"service": "other", "wanted": 700, "available": 498},
-        ]
+        ], "once, and again if it becomes worse"
+        # When there were enough in between, it is news again.
+        await room.deploy("other", *targets, limit=10, affinity=False, port=port)
+        await room.deploy("other", *targets, limit=100, affinity=False, port=port)
+        assert [line["wanted"] for line in room.lines.of(message)] == [500, 700, 500]
 
 
 # Source ports

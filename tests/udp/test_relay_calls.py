@@ -183,9 +183,12 @@ def test_hints_that_silence_confirms(driver: Driver) -> None:
         for reason in (
             *("all left", "their side left", "closed", "closed by them", "gone"),
             *("talks on", "listens on", "some left", "came back", "too early", "nothing said"),
+            *("nobody known", "no DTLS"),
         )
     }
     both = receiver_report(1) + bye(1, 2)
+    calls.pop("nobody known").client_says(bye(1))
+    calls.pop("no DTLS").client_says(receiver_report(1), record(ALERT))
     for call in calls.values():
         call.client_says(rtp(1), rtp(2))
         call.target_says(rtp(3))
@@ -210,6 +213,34 @@ def test_hints_that_silence_confirms(driver: Driver) -> None:
         *("talks on", "listens on", "some left", "came back", "too early", "nothing said")
     }
     assert driver.ended(driver.generation) == {"bye": 2, "dtls_closed": 2, "client_gone": 1}
+
+
+def test_a_hint_that_was_wrong_is_not_in_the_way(driver: Driver) -> None:
+    """The client's port is open again, and then it hangs up."""
+    call = Call(driver)
+    driver.shut(call.client)
+    call.target_says(rtp(3))
+    driver.wait_for(0.1)
+    call.client = driver.client(*call.client.where)
+    call.client_says(rtp(1))
+    call.client_says(receiver_report(1) + bye(1))
+    driver.pump(lambda: driver.relay.live == 0)
+    assert driver.ended(driver.generation) == {"bye": 1}
+
+
+def test_a_target_that_takes_over_leaves_alone(driver: Driver) -> None:
+    """The sources of the former one say BYE no more, and nobody says it for them."""
+    call, other = Call(driver), driver.target()
+    call.target_says(rtp(3), sender_report(4) + described(4, NAME))
+    assert driver.relay.move(call.number, driver.generation, other.number)
+    call.client_says(rtp(1))
+    call.way = other.received[-1].source
+    call.target = other
+    call.target_says(rtp(5))
+    assert known(driver) == [(call.number, False, (1,), b"", (5,), b"")]
+    call.target_says(receiver_report(5) + bye(5))
+    driver.pump(driver.ended)
+    assert driver.ended(driver.generation) == {"bye": 1}
 
 
 def test_who_has_nobody_any_more_is_gone_once(driver: Driver) -> None:

@@ -13,11 +13,13 @@ from tests.udp.calling import (
     HANDSHAKE,
     answering,
     bye,
+    described,
     error,
     receiver_report,
     record,
     request,
     rtp,
+    sender_report,
     stun,
     success,
 )
@@ -124,6 +126,7 @@ def test_what_does_not_decide_is_held_back(driver: Driver) -> None:
         error(438),
         stun(0x0111),  # without a code
         stun(0x0111, 9, b"\0\0\4"),  # with half a code
+        stun(0x0111, 9, bytes([0, 0, 3, 187])),  # 3 hundreds and 187
         stun(0x0103),  # of another method
         stun(0x0011),  # an indication
         success()[:19],
@@ -749,6 +752,144 @@ def test_the_only_one_from_the_outset_need_not_speak_ice(driver: Driver) -> None
     assert [pin.key for pin in driver.pins] == [2]  # the first has said nothing to learn from
 
 
+def test_the_new_target_is_told_as_it_was_asked(driver: Driver) -> None:
+    """With the header of its own deployment, not with that of the former target's."""
+    driver.header = b"old "
+    own, other = driver.target(), driver.target()
+    client = begin(driver, own, rtp(1))
+    driver.header = b"new "
+    driver.wait_for(WHILE)
+    ask(driver, client)
+    client.say(rtp(2))
+    driver.settle()
+    other.send(success(), other.received[0].source)
+    driver.settle()
+    client.say(rtp(3))
+    driver.settle()
+    assert own.data == [b"old " + request(name_of(client)), b"old " + rtp(2)]
+    assert other.data == [b"new " + request(name_of(client)), b"new " + rtp(3)]
+
+
+def test_nothing_of_the_former_target_is_known(driver: Driver) -> None:
+    own, other = driver.target(), driver.target()
+    client = begin(driver, own, rtp(1))
+    where = way_of(driver, client, own)
+    for said in (sender_report(7) + described(7, b"former"), rtp(8), record(HANDSHAKE, 0)):
+        own.send(said, where)
+    driver.settle()
+    driver.shut(own)
+    for _ in range(4):
+        ask(driver, client)
+    driver.wait_for(WHILE)
+    ask(driver, client)
+    other.send(error(487), other.received[0].source)
+    driver.settle()
+    other.send(rtp(9), other.received[0].source)
+    driver.settle()
+    driver.relay.begin_goodbye(driver.generation)
+    ((_, encrypted, ours, _, theirs, name),) = driver.relay.goodbyes(driver.generation, 9)
+    assert (encrypted, ours, theirs, name) == (False, (1,), (9,), b"")
+
+
+def test_a_request_for_which_there_is_no_room_is_not_lost(driver: Driver) -> None:
+    """Its target gets it all the same; others are asked as soon as there is room."""
+    own, other = driver.target(), driver.target()
+    client = begin(driver, own, rtp(1))
+    driver.wait_for(WHILE)
+    driver.decide = lambda _: None
+    ports = [driver.listeners[driver.listen(0)].getsockname()[1] for _ in range(4)]
+    for stranger in [driver.client() for _ in range(64)]:
+        for port in ports:
+            stranger.send(rtp(2), (stranger.to[0], port))
+    client.say(request())
+    driver.turn()
+    assert len(driver.relay.newcomers()) == 256
+    driver.decide = driver.ask
+    client.say(request())
+    driver.settle()
+    assert own.data == [request()] * 2
+    assert other.data == [request()]
+    assert driver.dropped() == {"newcomer_backlog": 256}
+
+
+def test_who_finds_a_target_has_changed(driver: Driver) -> None:
+    """What is saved of sessions is so again."""
+    own, other = driver.target(), driver.target()
+    client, newcomer = begin(driver, own, rtp(1)), driver.client()
+    driver.wait_for(WHILE)
+    ask(driver, client)
+    ask(driver, newcomer)
+    for each in other.received[:2]:
+        before = driver.relay.changes
+        other.send(success(), each.source)
+        driver.settle()
+        assert driver.relay.changes != before
+
+
+def test_nobody_is_asked_for_ever(driver: Driver) -> None:
+    """Who has no target after ten seconds is over, though it goes on; who has one keeps it."""
+    driver.targets = [driver.target().number for _ in range(2)]
+    own = driver.target()
+    lost, undecided = begin(driver, own, rtp(1)), driver.client()
+    driver.wait_for(WHILE)
+    driver.targets = driver.targets[:2]
+    for client in (lost, undecided):
+        ask(driver, client)
+    assert (driver.relay.undecided, driver.relay.sockets) == (2, 5)
+    driver.decide = lambda _: None
+    for _ in range(11):
+        for client in (lost, undecided):
+            client.say(rtp(2))
+        driver.wait_for(1.0)
+    assert driver.relay.undecided == 0
+    assert driver.ended(driver.generation) == {"unanswered": 1}
+    assert (driver.relay.live, driver.relay.sockets) == (1, 1)
+    own.received.clear()
+    lost.say(rtp(3))
+    driver.settle()
+    assert own.data[-1] == rtp(3)
+    # Both may ask again.
+    driver.decide = driver.ask
+    for client in (lost, undecided):
+        ask(driver, client)
+    assert driver.relay.undecided == 2
+
+
+def test_addresses_are_not_mixed_up(driver: Driver) -> None:
+    """Though many share a bucket of the table of addresses, which has 1,024."""
+    driver.targets = [driver.target().number for _ in range(2)]
+    askers = [driver.client(f"127.1.{number}.1") for number in range(100)]
+    strangers = [driver.client(f"127.2.{number}.2") for number in range(100)]
+    beside = driver.listen(0)
+    driver.relay.pair(driver.numbers[0], beside)
+    for client in strangers:
+        client.to = (client.to[0], driver.listeners[beside].getsockname()[1])
+    for client in askers:
+        client.say(request())
+    driver.settle()
+    told: list[tuple[int, object, object]] = []
+
+    def look(newcomer: Newcomer) -> None:
+        number, relay = newcomer.number, driver.relay
+        told.append((relay.undecided_from(number), relay.following(number), relay.partner(number)))
+
+    driver.decide = look
+    for client in strangers:
+        client.say(rtp(1))
+        driver.settle()
+    driver.relay.ask_again()
+    assert told == [(0, None, None)] * 100
+    driver.decide = driver.admit
+    for client in askers:
+        client.say(rtp(1))
+    driver.settle()
+    driver.decide = look
+    for client in strangers:
+        client.say(rtp(1))
+        driver.settle()
+    assert told == [(0, None, None)] * 200
+
+
 # Forged datagrams
 
 
@@ -780,6 +921,36 @@ def test_forged_datagrams_cut_nobody(driver: Driver) -> None:
     assert client.data == [rtp(8)] * 4
     assert target.data == [rtp(7), *forged]
     assert (driver.relay.live, driver.relay.sockets, driver.asked) == (1, 1, 1)
+
+
+def test_a_quiet_call_outlives_what_is_forged(driver: Driver) -> None:
+    """Between the checks of ICE, as with data channels, seconds pass without a datagram.
+
+    An alert, and a client whose port is closed, are believed after a longer silence then.
+    """
+    (alerted, _, _), (gone, target, where) = pinned(driver), pinned(driver)
+    alerted.say(record(ALERT))
+    driver.shut(gone)
+    target.send(rtp(1), where)
+    driver.settle()
+    driver.wait_for(3.0)
+    assert driver.ended(driver.generation) == {}
+    driver.pump(lambda: driver.relay.live == 0)
+    assert driver.ended(driver.generation) == {"dtls_closed": 1, "client_gone": 1}
+
+
+def test_a_call_that_was_heard_ends_soon_after_a_hint(driver: Driver) -> None:
+    """Who sent media until just now, and is silent for two seconds, is gone."""
+    (alerted, _, _), (gone, target, where) = pinned(driver), pinned(driver)
+    for client in (alerted, gone):
+        client.say(rtp(1))
+    alerted.say(record(ALERT))
+    driver.settle()
+    driver.shut(gone)
+    target.send(rtp(1), where)
+    driver.settle()
+    driver.wait_for(3.0)
+    assert driver.ended(driver.generation) == {"dtls_closed": 1, "client_gone": 1}
 
 
 def test_what_strangers_send_comes_back_to_nobody(driver: Driver) -> None:

@@ -27,7 +27,15 @@ from tests.udp.calling import (
     rtp,
     success,
 )
-from tests.udp.relaying import Client, Driver, Newcomer, driving, open_descriptors, packed
+from tests.udp.relaying import (
+    Client,
+    Driver,
+    Newcomer,
+    driving,
+    free_range,
+    open_descriptors,
+    packed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +84,7 @@ with (
 
 # What the collector frees may have been cleared before.
 GARBAGE = """
-import gc, socket
+import gc, socket, sys
 from kamal_proxy._fastpath import Relay, SourcePorts
 
 class Holder:
@@ -84,7 +92,7 @@ class Holder:
 
 def leave(sock):
     relay = Relay(bytes(16))
-    relay.use_ports(SourcePorts(20000, 30000))
+    relay.use_ports(SourcePorts(*map(int, sys.argv[1:])))
     listener = relay.listen(sock.fileno())
     target = relay.add_target("127.0.0.1", 9)
     generation = relay.add_generation(60.0, 30.0)
@@ -355,4 +363,4 @@ def test_a_session_takes_little_memory(arguments: list[str], most: int) -> None:
 
 
 def test_a_relay_may_be_garbage() -> None:
-    assert run_alone(GARBAGE) == "True\n"
+    assert run_alone(GARBAGE, *map(str, free_range(64))) == "True\n"

@@ -153,7 +153,8 @@ def test_both_ports_of_a_client_are_one_session(driver: Driver, first: int) -> N
     assert driver.relay.live == driver.relay.pairs == 1
     assert driver.relay.sessions(driver.generation) == 1
     assert driver.relay.sockets == driver.relay.flows_to(driver.targets[0]) == 2
-    assert driver.relay.counters()["created"] == driver.relay.changes == 1
+    assert driver.relay.counters()["created"] == 1
+    assert driver.relay.changes == 2  # there is more to save of it
 
 
 @pytest.mark.parametrize("first", [RTP, RTCP])
@@ -263,6 +264,23 @@ def test_what_is_restored_beside_another_session(driver: Driver) -> None:
     assert restore(1 + RTCP, "10.0.0.3", 98, first, True) == (8, 1)  # it is whole
 
 
+def test_the_other_half_of_what_could_not_be_restored(driver: Driver) -> None:
+    """It joins no other session of its address."""
+    driver.listen_to_pair(TARGET)
+
+    def restore(half: int, port: int, second: bool) -> None:
+        driver.relay.restore(
+            driver.numbers[1 + half], end_of(("10.0.0.2", port)), 0, packed("127.0.0.1"),
+            driver.generation, driver.targets[0], 0, True, 0.0, second=second,
+        )  # fmt: skip
+
+    restore(RTP, 6, False)
+    with pytest.raises(ValueError, match="already"):
+        restore(RTP, 6, False)
+    restore(RTCP, 9, True)
+    assert (driver.relay.live, driver.relay.pairs) == (2, 0)
+
+
 def test_what_can_not_be_joined(driver: Driver) -> None:
     (targets,) = driver.listen_to_pair(TARGET)
     begin(driver, driver.caller(), targets)
@@ -342,6 +360,47 @@ def test_the_other_half_is_no_further_session(driver: Driver, reason: str) -> No
     assert (driver.relay.live, driver.relay.pairs) == (1, 1)
     assert legs[RTCP].data == [b"hi"]
     assert driver.dropped() == {reason: 2}
+
+
+def test_two_for_one_half_in_a_pause(driver: Driver) -> None:
+    """One joins; the other one would be a further session."""
+    driver.listen_to_pair(TARGET)
+    driver.caller()[RTP].say(b"begin")
+    driver.settle()
+    driver.relay.mode = 1
+    for leg in (driver.caller()[RTCP], driver.caller()[RTCP]):
+        leg.say(b"hi")
+        leg.say(b"hi")
+    driver.settle()
+    assert (driver.relay.live, driver.relay.pairs) == (1, 1)
+    assert driver.dropped() == {"paused": 2}
+
+
+def test_few_are_looked_at_while_there_is_no_room(driver: Driver) -> None:
+    """For each datagram of a flood; the half from the port beside is found at once."""
+    driver.listen_to_pair(TARGET)
+    one, _ = free_range(2)
+    halves = [(driver.numbers[1 + RTP], port) for port in (one, one - 2)]
+    others = [(driver.numbers[0], 100 + place) for place in range(40)]
+    for listener, port in (*halves, *others):
+        driver.relay.restore(
+            listener, end_of(("127.0.0.7", port)), 0, packed("127.0.0.1"), driver.generation,
+            driver.targets[0], 0, True, 0.0,
+        )  # fmt: skip
+    driver.relay.limit = driver.relay.live
+    anywhere, beside = (
+        driver.caller("127.0.0.7")[RTCP],
+        driver.caller("127.0.0.7", 0, one + 1)[RTCP],
+    )
+    for leg in (anywhere, beside):
+        leg.say(b"hi")
+        driver.settle()
+    assert driver.dropped() == {"session_limit": 1}
+    assert driver.relay.pairs == 1
+    driver.relay.limit += 1
+    anywhere.say(b"hi")
+    driver.settle()
+    assert driver.relay.pairs == 2
 
 
 def test_pairs_are_found_among_many() -> None:

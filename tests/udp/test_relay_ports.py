@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -152,6 +153,25 @@ def test_ports_that_others_have_are_passed_over(driver: Driver) -> None:
     begin(driver, target)
     begin(driver, target)
     assert set(used(target)) == set(ports)
+
+
+def test_many_ports_in_a_row_that_others_have(driver: Driver) -> None:
+    """They cost a few sessions, not all that follow."""
+    _, ports = use(driver, 200)
+    target = driver.target()
+    begin(driver, target)
+    (place,) = (ports.index(port) for port in used(target))
+    with ExitStack() as stack:
+        for ahead in range(1, 140):
+            stack.enter_context(Peer("127.0.0.1", ports[(place + ahead) % 200]).sock)
+        client = driver.client()
+        for _ in range(2):
+            client.say(b"hi")
+            with pytest.raises(OSError, match="already in use"):
+                driver.settle()
+        client.say(b"hi")
+        driver.settle()
+        assert used(target)[1] == ports[(place + 140) % 200]
 
 
 def test_two_numbers_of_one_address_share_its_ports(driver: Driver) -> None:
