@@ -5,7 +5,11 @@ what disturbs the machine disturbs all. The load and the echo server have the ot
 counts is CPU time and the ratio in one run: absolute numbers differ from machine to machine. Every
 relay pays for the same work of the kernel, which on the loopback includes the receiver's part.
 
+Then come what kamal-proxy alone can tell: many sessions that stand and are flooded, and calls (RTP)
+through ranges of ports beside plain UDP.
+
     python3 -m benchmarks.udp
+    python3 -m benchmarks.udp --parts calls --ports 1000
     python3 -m benchmarks.udp --only kamal --shape 64x1000 --seconds 10 --perf perf.data
 """
 
@@ -26,9 +30,11 @@ import attrs
 from rich.console import Console
 
 from benchmarks.processes import BenchmarkError, Running, family, need
-from benchmarks.udp import contenders, network, shapes
+from benchmarks.udp import calls, contenders, network, shapes
+from benchmarks.udp.call_tables import calls_table, weight_table
 from benchmarks.udp.load import Load, compiled, running_load
 from benchmarks.udp.measuring import DATAGRAMS, TALKERS, cpu_seconds, direct, sample, stand
+from benchmarks.udp.media import RELAY, running_media
 from benchmarks.udp.network import Network, on_core
 from benchmarks.udp.tables import (
     BARE,
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
     from benchmarks.udp.shapes import Shape
 
 MAX_SESSIONS = 20_000
+COMPARE, STAND, CALLS = "compare", "stand", "calls"
 PRINTED_WIDTH = 100
 
 
@@ -80,6 +87,14 @@ def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sessions", type=int, default=10_000, help="that stand and are flooded (%(default)s)")
     add("--newcomers", type=int, default=50_000, help="in the flood; 0: no flood (%(default)s)")
     add("--quiet-seconds", type=float, default=5, help="of standing sessions (%(default)s)")
+    add("--ports", type=int, default=10_000, help="that calls are spread over (%(default)s)")
+    add(
+        "--parts",
+        choices=(COMPARE, STAND, CALLS),
+        nargs="+",
+        default=[COMPARE, STAND, CALLS],
+        help="relays in turns; kamal-proxy with standing sessions; with calls: all, if not given",
+    )
     add("--smoke", action="store_true", help="some thousand datagrams: does it run?")
     add("--seconds", type=int, help="no tables: a steady load for so long, to look at a relay")
     add("--perf", metavar="FILE", help="with --seconds: record the relay with perf record -g")
@@ -93,8 +108,12 @@ def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.smoke:
         options.rounds, options.requests, options.lone_requests = 1, 2_000, 100
         options.sessions, options.newcomers, options.quiet_seconds = 300, 1_500, 0.5
+        options.ports = 1_000
     if options.shapes is None:
         options.shapes = shapes.SMOKE if options.smoke else shapes.DEFAULT
+    if KAMAL not in options.only:
+        options.parts = [COMPARE]
+    options.calls = shapes.SMOKE_CALLS if options.smoke else shapes.CALLS
     return options
 
 
@@ -134,32 +153,76 @@ class Stage:
 
 def benchmark(options: argparse.Namespace, console: Console, folder: Path) -> bool:
     """Run it and print the tables; tell whether every answer was the right one."""
-    place = network.prepare(descriptors=MAX_SESSIONS + network.SPARE_DESCRIPTORS)
+    place = network.prepare(MAX_SESSIONS + options.ports + network.SPARE_DESCRIPTORS)
     console.print(f"{machine()}; in {place.namespace}", highlight=False)
-    chosen = _possible_shapes(options, place, console)
-    ports = network.free_port(), network.free_port()
-    with on_core(
-        place.load_cpu, running_load(compiled("load", folder), *ports, spin=place.may_spin)
-    ) as load:
-        stage = Stage(place, load, folder, shlex.split(options.proxy))
-        if options.seconds:
-            watch(stage, options, chosen, console)
-            return True
-        results = compare(stage, options, chosen, console)
-        console.print(cpu_table(results, options.rounds, options.requests))
-        console.print(latency_table(results))
-        wrong = results.wrong()
-        if options.newcomers and KAMAL in options.only:
-            sessions = min(options.sessions, place.most_sessions(1))
-            with stage.kamal_proxy("full", sessions) as program:
-                standing = stand(program, load, sessions, options.newcomers, options.quiet_seconds)
-            console.print(standing_table(standing))
-            wrong += standing.flood.wrong
+    proxy = shlex.split(options.proxy)
+    wrong = 0
+    if options.seconds or COMPARE in options.parts or STAND in options.parts:
+        ports = network.free_port(), network.free_port()
+        program = compiled("load", folder)
+        with on_core(place.load_cpu, running_load(program, *ports, spin=place.may_spin)) as load:
+            stage = Stage(place, load, folder, proxy)
+            if options.seconds:
+                watch(stage, options, _possible_shapes(options, place, console), console)
+                return True
+            wrong = against_echo(stage, options, console)
+    if CALLS in options.parts:
+        wrong += through_ranges(place, options, folder, proxy, console)
     if drops := network.kernel_drops():
         console.print(f"the kernel dropped {drops:,} datagrams for want of room in a buffer")
     if wrong:
         console.print(f"Error: {wrong:,} answers were wrong: another session's, or not whole")
     return not wrong
+
+
+def against_echo(stage: Stage, options: argparse.Namespace, console: Console) -> int:
+    """Measure what needs the echo server, print it, and return how many answers were wrong."""
+    wrong = 0
+    if COMPARE in options.parts:
+        chosen = _possible_shapes(options, stage.place, console)
+        results = compare(stage, options, chosen, console)
+        console.print(cpu_table(results, options.rounds, options.requests))
+        console.print(latency_table(results))
+        wrong = results.wrong()
+    if STAND in options.parts and options.newcomers:
+        sessions = min(options.sessions, stage.place.most_sessions(1))
+        with stage.kamal_proxy("full", sessions) as program:
+            seconds = options.quiet_seconds
+            standing = stand(program, stage.load, sessions, options.newcomers, seconds)
+        console.print(standing_table(standing))
+        wrong += standing.flood.wrong
+    return wrong
+
+
+def through_ranges(
+    place: Network,
+    options: argparse.Namespace,
+    folder: Path,
+    proxy: Sequence[str],
+    console: Console,
+) -> int:
+    """Measure calls, print what they cost, and return how many packets were wrong."""
+    many = min(options.ports, place.most_ports)
+    if many < options.ports:
+        console.print(f"{many:,} ports, as {place.descriptors:,} open files allow no more.")
+    if many < 1:
+        raise BenchmarkError("no descriptor is left for a port")
+    count = many + calls.OTHER_PORTS
+    first = network.free_range(count)
+    ports = range(first, first + count)
+    with ExitStack() as stack:
+        server = running_media(
+            compiled("media", folder), ports, network.free_port(), spin=place.may_spin
+        )
+        media = stack.enter_context(on_core(place.load_cpu, server))
+        relay = contenders.empty_proxy(proxy, folder / CALLS, f"--bind={RELAY}")
+        started = stack.enter_context(on_core(place.relay_cpu, relay))
+        rounds, packets = options.rounds, options.requests
+        ways = calls.ways_of(ports)
+        measured = calls.measure_calls(started, media, ways, options.calls, rounds, packets)
+    console.print(weight_table(measured))
+    console.print(calls_table(measured, rounds, packets))
+    return measured.wrong()
 
 
 def compare(

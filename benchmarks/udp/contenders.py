@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from benchmarks.processes import BenchmarkError, Running, need, running
 from benchmarks.udp.network import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 STREAM_PACKAGE = "libnginx-mod-stream"
 STREAM_MODULE = "ngx_stream_module.so"
@@ -54,6 +55,61 @@ stream {{
 """
 
 
+@attrs.frozen
+class Proxy:
+    """A running kamal-proxy, and how it is told what to do.
+
+    Attributes:
+        program: The process; its port is the one for HTTP.
+    """
+
+    program: Running
+    _command: Sequence[str]
+    _environment: Mapping[str, str]
+
+    def deploy_udp(self, service: str, target: str, *flags: str) -> None:
+        """Deploy a UDP service whose target is not checked.
+
+        Raises:
+            BenchmarkError: the deploy fails.
+        """
+        deploy = ["deploy-udp", service, f"--target={target}", "--health-check=none", *flags]
+        done = subprocess.run(
+            [*self._command, *deploy],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **self._environment},
+        )
+        if done.returncode:
+            raise BenchmarkError(f"kamal-proxy does not deploy: {done.stderr.strip()}")
+
+
+@contextmanager
+def empty_proxy(command: Sequence[str], folder: Path, *flags: str) -> Iterator[Proxy]:
+    """Run kamal-proxy without a service.
+
+    Args:
+        command: How it is called.
+        folder: Where its state and its log go; it is made.
+        flags: Of ``run``.
+
+    Raises:
+        BenchmarkError: it does not start.
+    """
+    folder.mkdir()
+    http_port = processes.free_port()
+    environment = {
+        "HOME": str(folder),
+        "XDG_RUNTIME_DIR": str(folder),
+        "KAMAL_PROXY_SOCKET": str(folder / "kamal-proxy.sock"),
+        "HTTPS_PORT": str(processes.free_port()),
+    }
+    run = [*command, "run", f"--http-port={http_port}", *flags]
+    with running("kamal", run, http_port, folder, environment) as program:
+        yield Proxy(program, command, environment)
+
+
 @contextmanager
 def kamal_proxy(
     command: Sequence[str], folder: Path, target: int, sessions: int
@@ -69,28 +125,11 @@ def kamal_proxy(
     Raises:
         BenchmarkError: it does not start, or its deploy fails.
     """
-    folder.mkdir()
-    http_port, port = processes.free_port(), free_port()
-    environment = {
-        "HOME": str(folder),
-        "XDG_RUNTIME_DIR": str(folder),
-        "KAMAL_PROXY_SOCKET": str(folder / "kamal-proxy.sock"),
-        "HTTPS_PORT": str(processes.free_port()),
-    }
-    run = [*command, "run", f"--http-port={http_port}"]
-    deploy = [*command, "deploy-udp", "game", f"--target=127.0.0.1:{target}", f"--port={port}"]
-    deploy += ["--health-check=none", f"--max-sessions={sessions}"]
-    with running("kamal", run, http_port, folder, environment) as program:
-        done = subprocess.run(
-            deploy,
-            check=False,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        if done.returncode:
-            raise BenchmarkError(f"kamal-proxy does not deploy: {done.stderr.strip()}")
-        yield attrs.evolve(program, port=port)
+    port = free_port()
+    with empty_proxy(command, folder) as proxy:
+        flags = (f"--port={port}", f"--max-sessions={sessions}")
+        proxy.deploy_udp("game", f"127.0.0.1:{target}", *flags)
+        yield attrs.evolve(proxy.program, port=port)
 
 
 @contextmanager

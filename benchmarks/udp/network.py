@@ -33,6 +33,8 @@ IFF_UP = 1
 
 PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 WIDE_RANGE = (10000, 65535)
+# Below what systems usually give to those who ask for any port.
+LOWEST_OF_RANGE = 12_000
 UDP_COUNTERS = Path("/proc/net/snmp")
 # A relay holds more than its sessions' sockets, and other programs need source ports too.
 SPARE_DESCRIPTORS = 300
@@ -61,6 +63,14 @@ class Network:
     def may_spin(self) -> bool:
         """Whether the load may keep its core busy without keeping the relay from running."""
         return self.relay_cpu != self.load_cpu
+
+    @property
+    def most_ports(self) -> int:
+        """How many ports a kamal-proxy can listen on.
+
+        The other half of the descriptors is for sessions, and for what it keeps for HTTP.
+        """
+        return self.descriptors // 2 - SPARE_DESCRIPTORS
 
     def most_sessions(self, relays: int) -> int:
         """Return how many sessions each of several relays can have at the same time."""
@@ -117,12 +127,38 @@ def free_port() -> int:
     raise BenchmarkError("no port is free for both TCP and UDP")
 
 
+def free_range(ports: int) -> int:
+    """Return the first of so many ports in a row that UDP uses on no address.
+
+    Raises:
+        BenchmarkError: there are none.
+    """
+    first = LOWEST_OF_RANGE
+    while first + ports <= WIDE_RANGE[1]:
+        taken = _last_taken(range(first, first + ports))
+        if taken is None:
+            return first
+        first = taken + 1
+    raise BenchmarkError(f"no {ports:,} ports in a row are free for UDP")
+
+
 def kernel_drops() -> int:
     """Return how many datagrams the kernel has dropped in this namespace for full buffers."""
     names, values = (
         line.split() for line in UDP_COUNTERS.read_text().splitlines() if line.startswith("Udp: ")
     )
     return int(values[names.index("RcvbufErrors")])
+
+
+def _last_taken(ports: range) -> int | None:
+    """Return the last port that is not free, or None if all are."""
+    for port in reversed(ports):
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind(("0.0.0.0", port))
+            except OSError:
+                return port
+    return None
 
 
 def _enter_namespace() -> str:

@@ -42,6 +42,11 @@ DEFAULT = [
 ]
 SMOKE = [Shape(64, 1), Shape(1200, 64), Shape(200, 300)]
 
+# What media.c sends: an RTP header and 160 bytes, which is 20 ms of G.711.
+RTP_BYTES = 12 + 160
+CALLS = [Shape(RTP_BYTES, 64), Shape(RTP_BYTES, 1_000)]
+SMOKE_CALLS = CALLS[:1]
+
 
 def shape(text: str) -> Shape:
     """Read ``64x1000``, which is 64 bytes and 1,000 sessions; the type of an option."""

@@ -74,7 +74,7 @@ def cpu_table(results: Results, rounds: int, requests: int) -> Table:
         f"({FEW_IN_FLIGHT} in flight, from many sessions {MANY_IN_FLIGHT};"
         f" of each means {', '.join(results.relays)})"
     )
-    table = _table(title, "bytes", "sessions")
+    table = empty_table(title, "bytes", "sessions")
     for heading in (
         *(f"{name}\nus" for name in results.relays),
         *(f"{KAMAL}\n/{base}" for base in BASES),
@@ -89,9 +89,9 @@ def cpu_table(results: Results, rounds: int, requests: int) -> Table:
             *_shape_cells(shape),
             *(f"{statistics.median(values) * 1e6:.2f}" for values in cpu.values()),
             *(_ratio(cpu, base) for base in BASES),
-            _each(_spread(values) for values in cpu.values()),
-            _each(sum(one.full.lost + one.lone.lost for one in all_) for all_ in samples.values()),
-            _each(
+            each(spread(values) for values in cpu.values()),
+            each(sum(one.full.lost + one.lone.lost for one in all_) for all_ in samples.values()),
+            each(
                 sum(one.full.out_of_order + one.lone.out_of_order for one in all_)
                 for all_ in samples.values()
             ),
@@ -101,7 +101,7 @@ def cpu_table(results: Results, rounds: int, requests: int) -> Table:
 
 def latency_table(results: Results) -> Table:
     """Return what a relay adds to the way to the echo server and back while it has little to do."""
-    table = _table(
+    table = empty_table(
         "Added latency and CPU for a datagram, one request in flight",
         "bytes",
         "sessions",
@@ -134,7 +134,7 @@ def latency_table(results: Results) -> Table:
 def standing_table(measured: Standing) -> Table:
     """Return what many sessions cost kamal-proxy, and what a flood does to it."""
     title = f"kamal-proxy with {measured.sessions:,} sessions, which is its limit"
-    table = _table(title)
+    table = empty_table(title)
     table.add_column()
     table.add_column(justify="right")
     flood = measured.flood
@@ -154,7 +154,8 @@ def standing_table(measured: Standing) -> Table:
     return table
 
 
-def _table(title: str, *headings: str) -> Table:
+def empty_table(title: str, *headings: str) -> Table:
+    """Return a table with columns of numbers, or without columns if no headings are given."""
     table = Table(
         title=title,
         title_justify="left",
@@ -175,11 +176,15 @@ def _ratio(cpu: Mapping[str, list[float]], base: str) -> str:
     """Return kamal-proxy's part of another's time: of each round, as those are not all alike."""
     if KAMAL not in cpu or base not in cpu:
         return ABSENT
-    ratios = (ours / theirs for ours, theirs in zip(cpu[KAMAL], cpu[base], strict=True))
-    return f"{statistics.median(ratios):.2f}"
+    return ratio(cpu[KAMAL], cpu[base])
 
 
-def _spread(values: Sequence[float]) -> int:
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Return the median of the ratios of all rounds."""
+    return f"{statistics.median(one / base for one, base in zip(ours, theirs, strict=True)):.2f}"
+
+
+def spread(values: Sequence[float]) -> int:
     """Return how far the lowest and the highest are apart, as a percentage of the median."""
     return round((max(values) - min(values)) / statistics.median(values) * 100)
 
@@ -196,5 +201,6 @@ def _microseconds(values: Sequence[float]) -> str:
     return " ".join(f"{value:4.0f}" for value in values)
 
 
-def _each(values: Iterable[int]) -> str:
+def each(values: Iterable[int]) -> str:
+    """Return the values in one cell."""
     return " ".join(str(value) for value in values)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,12 @@ import pytest
 from benchmarks import wrk
 from benchmarks.idle import answers, complete
 from benchmarks.processes import BenchmarkError, Running, family, need, running
+from benchmarks.udp.calls import FEW, OTHER_PORTS, ways_of
 from benchmarks.udp.load import Load, compiled, running_load
-from benchmarks.udp.network import free_port
-from benchmarks.udp.shapes import Shape, shape
+from benchmarks.udp.media import Media, running_media
+from benchmarks.udp.network import free_port, free_range
+from benchmarks.udp.shapes import RTP_BYTES, Shape, shape
+from benchmarks.udp.weighing import weigh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,13 +151,15 @@ class ScriptedRelay:
 
     Attributes:
         sources: How many datagrams came from each address.
+        latest: The last datagram.
     """
 
-    def __init__(self, answer: Callable[[int, bytes, Address], Answers]) -> None:
+    def __init__(self, answer: Callable[[int, bytes, Address], Answers], port: int) -> None:
         self.sources: Counter[str] = Counter()
+        self.latest = b""
         self._answer = answer
         self._socket = socket.socket(type=socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 0))
+        self._socket.bind(("127.0.0.1", port))
         self.port: int = self._socket.getsockname()[1]
 
     def serve(self) -> None:
@@ -169,13 +175,16 @@ class ScriptedRelay:
         if not data:
             return None
         self.sources[peer[0]] += 1
+        self.latest = data
         return data, peer
 
 
 @contextmanager
-def scripted_relay(answer: Callable[[int, bytes, Address], Answers]) -> Iterator[ScriptedRelay]:
+def scripted_relay(
+    answer: Callable[[int, bytes, Address], Answers], port: int = 0
+) -> Iterator[ScriptedRelay]:
     """Serve until the end of the context, and then what has arrived by then."""
-    relay = ScriptedRelay(answer)
+    relay = ScriptedRelay(answer, port)
     thread = threading.Thread(target=relay.serve)
     thread.start()
     try:
@@ -281,6 +290,126 @@ def test_a_udp_shape_that_cannot_be_measured_is_refused(text: str) -> None:
         shape(text)
 
 
+# --- calls ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Media]:
+    program = compiled("media", tmp_path_factory.mktemp("media"))
+    served = free_port()
+    with running_media(program, range(served, served + 1), free_port(), spin=False) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    ("script", "counted"),
+    [
+        (echo, {}),
+        (lose_the_third, {"answered": 19, "lost": 1}),
+        (double_the_third, {"late": 1}),
+        (cut_the_third, {"wrong": 1}),
+        (spoil_the_third, {"wrong": 1}),
+        (tell_another_the_third, {"wrong": 1}),
+    ],
+)
+def test_the_media_load_counts_what_goes_wrong(
+    media: Media, script: Callable[[int, bytes, Address], Answers], counted: dict[str, int]
+) -> None:
+    with scripted_relay(script) as relay:
+        report = media.run(range(relay.port, relay.port + 1), Shape(RTP_BYTES, 2), 20)
+
+    names = ("answered", "lost", "late", "wrong")
+    usual = dict.fromkeys(names, 0) | {"answered": 20}
+    assert {name: getattr(report, name) for name in names} == usual | counted
+
+
+def test_the_media_load_sends_rtp(media: Media) -> None:
+    with scripted_relay(echo) as relay:
+        media.run(range(relay.port, relay.port + 1), Shape(RTP_BYTES, 1), 5)
+        first = relay.latest
+        media.run(range(relay.port, relay.port + 1), Shape(RTP_BYTES, 1), 1)
+
+    assert (len(first), first[:2]) == (172, b"\x80\x00")
+    sequence, time, source = struct.unpack("!HII", first[2:12])
+    following = (sequence + 1, time + 160, source)
+    assert struct.unpack("!HII", relay.latest[2:12]) == following
+
+
+@pytest.mark.parametrize(
+    ("calls", "each"), [(2, (1, 0, 1, 0)), (4, (1, 1, 1, 1)), (6, (2, 2, 1, 1))]
+)
+def test_the_media_load_spreads_calls_over_the_ports(
+    media: Media, calls: int, each: tuple[int, ...]
+) -> None:
+    first = free_range(4)
+    ports = range(first, first + 4)
+    with ExitStack() as stack:
+        relays = [stack.enter_context(scripted_relay(echo, port)) for port in ports]
+        report = media.run(ports, Shape(RTP_BYTES, calls), 3 * calls)
+
+    assert (report.answered, report.wrong) == (3 * calls, 0)
+    assert tuple(len(relay.sources) for relay in relays) == each
+
+
+def test_a_relay_of_calls_that_answers_nothing_stops_the_benchmark(media: Media) -> None:
+    with (
+        scripted_relay(lambda *_: []) as relay,
+        pytest.raises(BenchmarkError, match=f"{relay.port} have stopped answering: 0 answers"),
+    ):
+        media.run(range(relay.port, relay.port + 1), Shape(RTP_BYTES, 1), 20)
+
+
+def test_a_range_of_free_ports_has_none_that_is_taken() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as taken:
+        first = free_range(10)
+        taken.bind(("127.0.0.1", first + 4))
+
+        assert free_range(10) > first + 4
+
+
+def test_no_two_services_share_a_port() -> None:
+    ports = range(1000, 1000 + OTHER_PORTS + 20)
+
+    ways = ways_of(ports)
+
+    assert [port for way in ways for port in way.ports] == list(ports)
+    assert [(way.webrtc, len(way.ports)) for way in ways] == [
+        (False, 1),
+        (True, 1),
+        (False, FEW),
+        (True, FEW),
+        (True, 20),
+    ]
+
+
+def test_the_weight_of_a_deploy_is_what_it_adds(tmp_path: Path) -> None:
+    grower = (
+        "import socket, sys\nprint(flush=True)\nsys.stdin.readline()\nblob = b'x' * 50_000_000\n"
+        "kept = [socket.socket() for n in range(100)]\nprint(flush=True)\nsys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", grower], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()  # it has started
+
+        def deploy() -> None:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            process.stdout.readline()
+
+        weight = weigh(Running("it", process.pid, 0, tmp_path), 100, deploy)
+        process.stdin.close()
+
+    assert (weight.ports, weight.descriptors) == (100, 100)
+    assert weight.memory > 40_000_000
+    assert weight.seconds > 0
+    assert weight.cpu > 0
+
+
 def test_the_udp_benchmark_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.udp", "--smoke"],
@@ -292,4 +421,6 @@ def test_the_udp_benchmark_runs() -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("kamal", "bare", "CPU for a relayed datagram", "Added latency", "flood"):
+        assert part in done.stdout
+    for part in ("What a service of calls weighs", "1,000", "CPU for a relayed RTP datagram"):
         assert part in done.stdout
