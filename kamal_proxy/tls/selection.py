@@ -1,0 +1,184 @@
+"""Which certificate a handshake gets: by the name that the client asks for, and who serves it."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from kamal_proxy.tls.contexts import ACME_ALPN, challenge_context, server_context
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from kamal_proxy.options import ServiceOptions
+    from kamal_proxy.tls.certificates import Certificate
+    from kamal_proxy.tls.files import TlsFiles
+    from kamal_proxy.tls.hello import ClientHello
+    from kamal_proxy.tls.hosts import Authority
+    from kamal_proxy.tls.issuer import Issuer
+    from kamal_proxy.tls.on_demand import OnDemand
+
+PROTOCOLS = ("h2", "http/1.1")
+ISSUE_PATIENCE = 10.0  # seconds that a handshake waits for a certificate that is being obtained
+
+_MAX_CONTEXTS = 2000
+_VALIDATION = ACME_ALPN.encode()
+_OFFERED = frozenset(name.encode() for name in PROTOCOLS)
+
+
+class Alert(enum.IntEnum):
+    """What a client is told that gets no certificate (RFC 8446 6.2)."""
+
+    INTERNAL_ERROR = 80
+    UNRECOGNIZED_NAME = 112
+    NO_APPLICATION_PROTOCOL = 120
+
+
+class NoCertificateError(Exception):
+    """There is no certificate for a handshake.
+
+    Attributes:
+        reason: Why, in words that are few enough to count by.
+        alert: What the client is told.
+    """
+
+    def __init__(self, reason: str, alert: Alert = Alert.UNRECOGNIZED_NAME) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.alert = alert
+
+
+class Served(Protocol):
+    """A service, as far as handshakes need it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def options(self) -> ServiceOptions:
+        """What it answers to."""
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """What its handshakes need from files."""
+
+
+class Routes(Protocol):
+    """A routing table, as far as handshakes need it."""
+
+    def secure(self, host: str) -> Served | None:
+        """Return the service that has the TLS settings of a host; of the first one for no host."""
+
+
+class Selection:
+    """Chooses certificates, and keeps what handshakes need to use them.
+
+    Args:
+        routes: Returns the routing table of this moment.
+        issuer: Obtains certificates.
+        on_demand: Says whether a host may have one.
+        authority: Returns from whom a service's certificates are obtained.
+    """
+
+    def __init__(
+        self,
+        routes: Callable[[], Routes],
+        issuer: Issuer,
+        on_demand: OnDemand,
+        authority: Callable[[ServiceOptions], Authority],
+    ) -> None:
+        self._routes = routes
+        self._issuer = issuer
+        self._on_demand = on_demand
+        self._authority = authority
+        # By fingerprint of the certificate: a redeploy must not cost clients their sessions.
+        self._contexts: OrderedDict[tuple[str, bytes | None], ssl.SSLContext] = OrderedDict()
+
+    async def context_for(self, hello: ClientHello) -> tuple[ssl.SSLContext, bytes | None]:
+        """Return the context for a handshake, and the CA by which the client is verified.
+
+        Waits a while for a certificate that is being obtained.
+
+        Raises:
+            NoCertificateError: there is none.
+        """
+        name = self._asked(hello.server_name)
+        if _VALIDATION in hello.alpn:
+            answer = await self._issuer.validate_tls(name)
+            if answer is None:
+                raise NoCertificateError("unexpected ACME validation")
+            return challenge_context(answer), None
+        if hello.alpn and _OFFERED.isdisjoint(hello.alpn):
+            raise NoCertificateError("no common protocol", Alert.NO_APPLICATION_PROTOCOL)
+        service, files = self._secure(name)
+        host = name or next(iter(service.options.hosts), "")
+        certificate = self._at_hand(host, files)
+        if certificate is None:
+            certificate = await self._obtain(host, service)
+        return self._context(certificate, files.client_ca), files.client_ca
+
+    def certificate_for(self, name: str) -> Certificate | None:
+        """Return the certificate for a name if it is at hand and clients need none themselves."""
+        name = self._asked(name)
+        try:
+            service, files = self._secure(name)
+            if files.asks_clients:
+                return None
+            return self._at_hand(name or next(iter(service.options.hosts), ""), files)
+        except NoCertificateError:
+            return None
+
+    def _asked(self, name: str) -> str:
+        """Return the name that a client asks for; the address in a URL is none (RFC 6066 3)."""
+        if name and not name.strip("0123456789.") and self._routes().secure(name) is None:
+            return ""
+        return name
+
+    def _secure(self, name: str) -> tuple[Served, TlsFiles]:
+        service = self._routes().secure(name)
+        files = None if service is None else service.tls
+        if service is None or files is None:
+            raise NoCertificateError("unknown name" if name else "no name")
+        if files.asks_clients and files.client_ca is None:
+            raise NoCertificateError("unusable file", Alert.INTERNAL_ERROR)
+        return service, files
+
+    def _at_hand(self, host: str, files: TlsFiles) -> Certificate | None:
+        if not files.has_own_certificate:
+            return self._issuer.find(host)
+        if files.certificate is None:
+            raise NoCertificateError("unusable file", Alert.INTERNAL_ERROR)
+        return files.certificate
+
+    async def _obtain(self, host: str, service: Served) -> Certificate:
+        """Wait for the certificate of a host that is served, or that may be."""
+        authority = self._authority(service.options)
+        certificate = None
+        with trio.move_on_after(ISSUE_PATIENCE):
+            if service.options.tls_on_demand_url:
+                certificate = await self._issuer.load(host, authority)
+                if certificate is None and not await self._on_demand.allows(service, host):
+                    raise NoCertificateError("not allowed")
+            if certificate is None:
+                self._issuer.request(host, authority)
+                certificate = await self._issuer.wait(host)
+        if certificate is None:
+            raise NoCertificateError("no certificate yet", Alert.INTERNAL_ERROR)
+        return certificate
+
+    def _context(self, certificate: Certificate, client_ca: bytes | None) -> ssl.SSLContext:
+        key = (certificate.fingerprint, client_ca)
+        context = self._contexts.get(key)
+        if context is None:
+            context = server_context(certificate, client_ca=client_ca, alpn=PROTOCOLS)
+            self._contexts[key] = context
+            if len(self._contexts) > _MAX_CONTEXTS:
+                self._contexts.popitem(last=False)
+        else:
+            self._contexts.move_to_end(key)
+        return context
