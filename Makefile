@@ -7,6 +7,7 @@ BUILT := $(VENV)/.built
 PRIVATE := .demo
 
 HTTP_PORT ?= 8080
+HTTPS_PORT ?= 8443
 SWITCHES ?= 5
 RATE ?= 200
 DEMO_FLAGS ?=
@@ -35,7 +36,7 @@ demo: $(BUILT) ## redeploy an application under load and measure it (SWITCHES=5 
 demo-udp: $(BUILT) ## redeploy a UDP server while it is used and measure it (SWITCHES=5 RATE=200)
 	@$(BIN)/python -m example.udp_demo --switches $(SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
 
-run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080)
+run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080 HTTPS_PORT=8443)
 	@mkdir -p $(PRIVATE)
 	@printf '%s\n' \
 	  'The proxy will listen on http://127.0.0.1:$(HTTP_PORT); Ctrl-C stops it. In another terminal:' \
@@ -48,7 +49,7 @@ run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080)
 	  '  $(BIN)/kamal-proxy list' \
 	  ''
 	@exec env HOME='$(CURDIR)/$(PRIVATE)' KAMAL_PROXY_SOCKET='$(CURDIR)/$(PRIVATE)/kamal-proxy.sock' \
-	  $(BIN)/kamal-proxy run --http-port $(HTTP_PORT)
+	  $(BIN)/kamal-proxy run --http-port $(HTTP_PORT) --https-port $(HTTPS_PORT)
 
 test: $(BUILT) ## run the tests (TEST_FLAGS="-k name" TEST_PROCESSES=2)
 	@$(PYTEST) $(TEST_FLAGS)
@@ -71,7 +72,7 @@ bench-udp: $(BUILT) ## measure CPU per datagram beside nginx and a bare C relay 
 sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (LEAK_ROUNDS=1000000)
 	@.ci/sanitize $(BIN)/python
 
-fuzz: $(BUILT) ## try many more inputs, half an hour (FUZZ_EXAMPLES=20000)
+fuzz: $(BUILT) ## try many more inputs, about an hour (FUZZ_EXAMPLES=20000)
 	@$(PYTEST) -m fuzz --hypothesis-profile=fuzz -o faulthandler_timeout=3600 $(TEST_FLAGS)
 
 soak: $(BUILT) ## the demo for ten minutes: the proxy must not grow (SOAK_SWITCHES=150)

@@ -11,6 +11,8 @@ import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import attrs
+
 from benchmarks.processes import BenchmarkError, Running, free_port, need, running
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ PROXY = """
     }}
     server {{
         listen 127.0.0.1:{port} backlog=4096;
+        {tls}
         location / {{
             proxy_pass http://web;
             proxy_http_version 1.1;
@@ -80,6 +83,25 @@ PROXY = """
         }}
     }}
 """
+
+# Tickets, as the others have them, and no cache, which they have not either.
+TLS = """
+        listen 127.0.0.1:{port} ssl http2 backlog=4096;
+        ssl_certificate {certificate};
+        ssl_certificate_key {key};
+        ssl_protocols TLSv1.2 TLSv1.3;
+"""
+
+
+def certificate(folder: Path, host: str, key: str) -> tuple[Path, Path]:
+    """Make a self-signed certificate and return its files: certificate, key."""
+    kind = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"] if key == "ec" else ["rsa:2048"]
+    paths = folder / "tls.crt", folder / "tls.key"
+    command = [need("openssl", "openssl"), "req", "-x509", "-nodes", "-newkey", *kind]
+    command += ["-subj", f"/CN={host}", "-addext", f"subjectAltName=DNS:{host}"]
+    command += ["-out", str(paths[0]), "-keyout", str(paths[1])]
+    subprocess.run(command, check=True, capture_output=True)
+    return paths
 
 
 @contextmanager
@@ -100,36 +122,55 @@ def upstream(folder: Path, payload: int) -> Iterator[Running]:
 
 
 @contextmanager
-def nginx(folder: Path, target: int) -> Iterator[Running]:
-    """Run nginx as a proxy with one worker."""
-    port = free_port()
+def nginx(folder: Path, target: int, files: tuple[Path, Path] | None = None) -> Iterator[Running]:
+    """Run nginx as a proxy with one worker; with the files of a certificate also over TLS."""
+    port, tls_port = free_port(), free_port()
     folder.mkdir()
-    http = PROXY.format(folder=folder, port=port, target=target)
+    tls = TLS.format(port=tls_port, certificate=files[0], key=files[1]) if files else ""
+    http = PROXY.format(folder=folder, port=port, target=target, tls=tls)
     with _nginx("nginx", folder, port, http) as program:
-        yield Running(program.name, program.pid, program.port, folder / "access.log")
+        yield attrs.evolve(program, log=folder / "access.log", tls_port=tls_port)
 
 
 @contextmanager
-def kamal_proxy(name: str, command: Sequence[str], folder: Path, target: int) -> Iterator[Running]:
+def kamal_proxy(
+    name: str,
+    command: Sequence[str],
+    folder: Path,
+    target: int,
+    secure: tuple[str, Path, Path] | None = None,
+) -> Iterator[Running]:
     """Run a kamal-proxy, or a program with the same command line, with one service deployed.
+
+    Args:
+        name: What it is called.
+        command: How it is called.
+        folder: Where it lives.
+        target: Port of the service's target.
+        secure: Host and files of a certificate, if the service is to be served over TLS too.
 
     Raises:
         BenchmarkError: it does not start, or its deploy fails.
     """
-    port = free_port()
+    port, tls_port = free_port(), free_port()
     folder.mkdir()
+    flags = []
+    if secure is not None:
+        host, certificate, key = secure
+        flags = [f"--host={host}", "--tls", "--tls-redirect=false"]
+        flags += [f"--tls-certificate-path={certificate}", f"--tls-private-key-path={key}"]
     environment = {
         "HOME": str(folder),
         "XDG_RUNTIME_DIR": str(folder),
         "KAMAL_PROXY_SOCKET": str(folder / "kamal-proxy.sock"),
         # The original always opens an HTTPS listener as well.
-        "HTTPS_PORT": str(free_port()),
+        "HTTPS_PORT": str(tls_port),
     }
     with running(
         name, [*command, "run", "--http-port", str(port)], port, folder, environment
     ) as it:
         deploy = subprocess.run(
-            [*command, "deploy", "web", f"--target=127.0.0.1:{target}"],
+            [*command, "deploy", "web", f"--target=127.0.0.1:{target}", *flags],
             check=False,
             capture_output=True,
             text=True,
@@ -137,7 +178,7 @@ def kamal_proxy(name: str, command: Sequence[str], folder: Path, target: int) ->
         )
         if deploy.returncode:
             raise BenchmarkError(f"{name} does not deploy: {deploy.stderr.strip()}")
-        yield it
+        yield attrs.evolve(it, tls_port=tls_port)
 
 
 @contextmanager

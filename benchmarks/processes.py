@@ -30,12 +30,13 @@ class BenchmarkError(Exception):
 
 @attrs.frozen
 class Running:
-    """A program that accepts connections on ``port`` of 127.0.0.1."""
+    """A program that accepts connections on ``port`` of 127.0.0.1, by TLS on ``tls_port``."""
 
     name: str
     pid: int
     port: int
     log: Path
+    tls_port: int = 0
 
     def cpu_seconds(self) -> float:
         """Return the user and system time that the program and its children have used."""

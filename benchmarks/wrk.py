@@ -31,10 +31,20 @@ class Load:
     errors: int
 
 
-def run(port: int, seconds: int, connections: int) -> Load:
-    """Send GET requests as fast as answers come, on keep-alive connections, from one thread."""
+def run(port: int, seconds: int, connections: int, *, host: str = "", scheme: str = "http") -> Load:
+    """Send GET requests as fast as answers come, on keep-alive connections, from one thread.
+
+    Args:
+        port: Where to, on 127.0.0.1.
+        seconds: For how long.
+        connections: How many at once.
+        host: The Host header; that of the URL by default.
+        scheme: ``http`` or ``https``.
+    """
     command = [need("wrk", "wrk"), "--threads=1", f"--connections={connections}"]
-    command += [f"--duration={seconds}s", "--latency", "--timeout=10s", f"http://127.0.0.1:{port}/"]
+    command += [f"--duration={seconds}s", "--latency", "--timeout=10s"]
+    command += [f"--header=Host: {host}"] if host else []
+    command.append(f"{scheme}://127.0.0.1:{port}/")
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise BenchmarkError(f"wrk failed: {done.stderr.strip() or done.stdout.strip()}")

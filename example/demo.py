@@ -161,6 +161,7 @@ class Demo:
 
     async def _start_proxy(self, log: IO[bytes], nursery: trio.Nursery) -> trio.Process:
         command = [str(self.settings.proxy), "run", "--http-port", str(self.port)]
+        command += ["--https-port", "0"]  # any: the demo has no TLS
         process = await self._open(command, stdout=log, stderr=log)
         nursery.start_soon(self._watch_proxy, process)
         with trio.move_on_after(START_SECONDS):

@@ -59,6 +59,9 @@ class Kind(Protocol):
     def describe(self) -> list[ServiceDescription]:
         """Describe all services."""
 
+    def close(self) -> None:
+        """Take no further changes; deploys that have not switched yet fail."""
+
 
 class HttpKind(Kind, Protocol):
     """The HTTP services."""
@@ -102,6 +105,11 @@ class AllServices:
         self._http = http
         self._udp = udp
         self._log = log
+
+    def close(self) -> None:
+        """Take no further changes; deploys that have not switched yet fail."""
+        self._http.close()
+        self._udp.close()
 
     # What one kind can do
 

@@ -18,7 +18,7 @@ import trio
 
 from kamal_proxy.balancer import RoundRobin
 from kamal_proxy.health import Health, ProbeResult, TargetState
-from kamal_proxy.options import HealthCheckOptions, split_target
+from kamal_proxy.options import HealthCheckOptions, TargetScheme, split_scheme, split_target
 from kamal_proxy.probing import Watch
 
 if TYPE_CHECKING:
@@ -55,13 +55,16 @@ class InFlight(Protocol):
 
 
 class Connections(Protocol):
-    """The connections to one target that wait to be used again."""
+    """The connections to one target."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Let them live: what they need tasks for happens in here, until :meth:`close`."""
 
     def trim(self) -> None:
         """Close those that have waited for too long; called every now and then."""
 
     def close(self) -> None:
-        """Close them all; connections returned later are closed too."""
+        """Close those that wait to be used again; connections returned later are closed too."""
 
 
 @attrs.define(eq=False)
@@ -69,9 +72,11 @@ class Target:
     """One instance of a service.
 
     Attributes:
-        name: ``host:port`` as it was given.
+        given: The target as it was given: ``host:port``, maybe after a scheme.
+        name: ``host:port`` of that.
         host: Host to connect to.
         port: Port to connect to.
+        scheme: What is spoken with it.
         health: Its health.
         connections: Its pooled connections.
         alone: Whether it is the only target that takes writes; such a one is never taken out of
@@ -81,9 +86,11 @@ class Target:
         in_flight: Requests it is serving.
     """
 
+    given: str
     name: str
     host: str
     port: int
+    scheme: TargetScheme
     health: Health
     connections: Connections
     alone: bool
@@ -103,6 +110,7 @@ class Target:
 
 
 Probe = Callable[[Target, HealthCheckOptions], Awaitable[ProbeResult]]
+Connect = Callable[[str, int, TargetScheme], Connections]
 
 
 @attrs.frozen
@@ -130,12 +138,12 @@ class Deployment:
     """The targets of one deploy.
 
     Args:
-        targets: ``host:port`` of each target.
+        targets: ``host:port`` of each target, maybe after a scheme.
         health_check: How they are probed.
         probe: Probes one target; it has its own time limit and never raises.
-        connect: Makes the connections of a target from its host and port.
+        connect: Makes the connections of a target from its host and port, and what is spoken.
         log: Where health changes are logged.
-        readers: ``host:port`` of each target that only takes requests that read.
+        readers: The same as ``targets`` of each that only takes requests that read.
         trusted: Whether the targets count as healthy at once (restored after a restart).
         forced: Whether the targets may serve before they were found healthy.
     """
@@ -146,7 +154,7 @@ class Deployment:
         *,
         health_check: HealthCheckOptions,
         probe: Probe,
-        connect: Callable[[str, int], Connections],
+        connect: Connect,
         log: Log,
         readers: Iterable[str] = (),
         trusted: bool = False,
@@ -154,15 +162,20 @@ class Deployment:
     ) -> None:
         names = tuple(targets)
 
-        def target(name: str, *, read_only: bool) -> Target:
+        def target(given: str, *, read_only: bool) -> Target:
+            scheme, name = split_scheme(given)
+            host, port = split_target(given)
             return Target(
+                given,
                 name,
-                *split_target(name),
+                host,
+                port,
+                scheme,
                 health=Health(
                     health_check.interval,
                     TargetState.HEALTHY if trusted else TargetState.ADDING,
                 ),
-                connections=connect(*split_target(name)),
+                connections=connect(host, port, scheme),
                 alone=len(names) == 1 and not read_only,
                 forced=forced,
                 read_only=read_only,
@@ -200,13 +213,13 @@ class Deployment:
 
     @property
     def writer_names(self) -> tuple[str, ...]:
-        """``host:port`` of each target that takes all requests."""
-        return tuple(target.name for target in self._writers)
+        """Each target that takes all requests, as it was given."""
+        return tuple(target.given for target in self._writers)
 
     @property
     def reader_names(self) -> tuple[str, ...]:
-        """``host:port`` of each target that only takes requests that read."""
-        return tuple(target.name for target in self._readers)
+        """Each target that only takes requests that read, as it was given."""
+        return tuple(target.given for target in self._readers)
 
     @property
     def has_readers(self) -> bool:
@@ -215,13 +228,16 @@ class Deployment:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until drained: probe, then drain once retired."""
-        try:
-            await self.watch.run(task_status=task_status)
-            self._result = await self.drain(self._drain_timeout)
-        finally:
+        async with trio.open_nursery() as connections:
             for target in self.targets:
-                target.connections.close()
-            self._drained.set()
+                await connections.start(target.connections.run)
+            try:
+                await self.watch.run(task_status=task_status)
+                self._result = await self.drain(self._drain_timeout)
+            finally:
+                for target in self.targets:
+                    target.connections.close()
+                self._drained.set()
 
     def choose(self, avoid: set[Target], *, reading: bool = False) -> Target | None:
         """Return the target for a request, or None when none is in rotation.

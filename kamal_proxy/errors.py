@@ -80,6 +80,47 @@ class ErrorPagesError(KamalProxyError):
     code = "error_pages"
 
 
+class CertificateError(KamalProxyError):
+    """A certificate, its key or a client CA can't be used; ``details`` says which file and why."""
+
+    code = "certificate"
+
+
+class AcmeError(KamalProxyError):
+    """A certificate can't be obtained; the sentence has the words of the certificate authority.
+
+    Attributes:
+        kind: What that means for the next attempt (``tls.schedule.Failure``).
+        retry_after: Seconds for which the authority asked to be left alone; None if it did not.
+    """
+
+    code = "acme"
+
+    def __init__(
+        self,
+        message: str,
+        details: Sequence[str] = (),
+        *,
+        kind: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, details)
+        self.kind = kind
+        self.retry_after = retry_after
+
+
+class CertificateStoreError(KamalProxyError):
+    """What is kept of certificates can't be read or written; the sentence names the file."""
+
+    code = "certificate_store"
+
+
+class CertificateNotFoundError(KamalProxyError):
+    """No certificate is obtained for that host; the sentence names it."""
+
+    code = "certificate_not_found"
+
+
 class RolloutNotSetError(KamalProxyError):
     """The service has no rollout targets."""
 

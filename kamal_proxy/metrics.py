@@ -104,6 +104,11 @@ class Metrics:
             "HTTP requests that the proxy could not serve to their end, by reason.",
             ("service", "reason"),
         )
+        self._handshakes = self._numbers(
+            "kamal_proxy_tls_handshakes_total",
+            "TLS handshakes of clients that have ended, by how.",
+            ("result",),
+        )
         self._connects = self._numbers(
             "kamal_proxy_upstream_connects_total",
             "Attempts to open a connection to a target.",
@@ -137,6 +142,17 @@ class Metrics:
         )
         self._probes = self._numbers(
             "kamal_proxy_probes_total", "Health checks of targets.", ("service", "result")
+        )
+        self._expiries = self._numbers(
+            "kamal_proxy_certificate_expiry_timestamp_seconds",
+            "When the certificate of a host expires, in seconds since 1970.",
+            ("host",),
+            falls=True,
+        )
+        self._certificate_attempts = self._numbers(
+            "kamal_proxy_certificate_attempts_total",
+            "Attempts to obtain a certificate from a certificate authority.",
+            ("result",),
         )
         self._deploys: dict[_Key, list[float]] = {}
         self._families.append(
@@ -185,6 +201,10 @@ class Metrics:
         """Count a request that used a kept connection to its target."""
         self._reuses[service] += 1
 
+    def handshake(self, result: str) -> None:
+        """Count a TLS handshake: ``ok``, or why it failed."""
+        self._handshakes[result] += 1
+
     def retry(self, service: str) -> None:
         """Count a request that goes to another connection or target."""
         self._retries[service] += 1
@@ -212,6 +232,23 @@ class Metrics:
     def deploy(self, service: str, result: str, seconds: float) -> None:
         """Count a deploy that has ended, ``ok`` or ``failed``, and how long it took."""
         _observe(self._deploys, (service, result), DEPLOY_BUCKETS, seconds)
+
+    def certificate_expiry(self, host: str, timestamp: float | None) -> None:
+        """Tell when the certificate of a host expires.
+
+        Args:
+            host: The host.
+            timestamp: Unix time; None if the proxy has no certificate for it any more, so that
+                nobody is woken for a host that is gone.
+        """
+        if timestamp is None:
+            self._expiries.pop(host, None)
+        else:
+            self._expiries[host] = int(timestamp)
+
+    def certificate_attempt(self, ok: bool) -> None:
+        """Count an attempt to obtain a certificate."""
+        self._certificate_attempts[_result(ok)] += 1
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:  # noqa: A002
         """Add a gauge without labels.

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import attrs
 
-from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.rules import (
     MAX_NAME,
     is_path,
@@ -31,9 +31,12 @@ from kamal_proxy.rules import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
+
+TargetScheme: TypeAlias = Literal["http", "h2c"]
 
 MAX_HOSTS = 1000
+HTTPS_PORT = 443  # of the command, when it is not told another one
 
 # The original's pattern, ASCII only: a name or IPv4 address of two characters or more.
 _TARGET = re.compile(r"([A-Za-z0-9_][-_.A-Za-z0-9+]+)(?::([0-9]+))?", re.ASCII)
@@ -47,6 +50,9 @@ _NO_CLIENT_IP = frozenset(
     {"connection", "content-length", "expect", "host", "te", "trailer", "transfer-encoding"}
     | {"upgrade", "x-forwarded-host", "x-forwarded-proto", "x-request-id", "x-request-start"}
 )
+_ACME_DIRECTORY = re.compile(r"https://[^\x00-\x20\x7f/?#@]+(?:/[^\x00-\x20\x7f#]*)?")
+_EMAIL = re.compile(r"[^\x00-\x20\x7f@,;<>]+@[^\x00-\x20\x7f@,;<>]+")
+_BASE64URL = re.compile(r"[A-Za-z0-9_-]{16,}={0,2}")
 _HEADER_HOST = re.compile(r"[^\x00-\x20\x7f/?#@]+")
 
 
@@ -73,14 +79,47 @@ def _path_prefix(value: str) -> str:
 def split_target(target: str) -> tuple[str, int]:
     """Split ``host`` or ``host:port`` of a target into host and port (80 when not given).
 
+    What is before it, if anything, is :func:`split_scheme`'s.
+
     Raises:
         InvalidOptionsError: the text is not a target; the sentence names it.
     """
-    match = _TARGET.fullmatch(target)
+    _, address = split_scheme(target)
+    match = _TARGET.fullmatch(address)
     if match is None:
         raise InvalidOptionsError(f"{target} :invalid host pattern")
     host, port = match.groups()
     return host, 80 if port is None else target_port(target, port)
+
+
+def split_scheme(target: str) -> tuple[TargetScheme, str]:
+    """Split a target into what is spoken with it, and its ``host`` or ``host:port``.
+
+    Returns:
+        ``http`` (HTTP/1.1) of a target without a scheme, or ``h2c``: HTTP/2 without TLS.
+
+    Raises:
+        InvalidOptionsError: it has another scheme; the sentence says what would be right.
+    """
+    scheme, separator, address = target.partition("://")
+    if not separator:
+        return "http", target
+    if scheme == "h2c":
+        return "h2c", address
+    raise InvalidOptionsError(f"target {target}: {_wrong_scheme(scheme.lower(), address)}")
+
+
+def _wrong_scheme(scheme: str, address: str) -> str:
+    if scheme in ("https", "h2"):
+        return (
+            "targets are reached without TLS; "
+            f"give {address} for HTTP/1.1, or h2c://{address} for HTTP/2"
+        )
+    if scheme == "http":
+        return f"give {address} without a scheme, or h2c://{address} for HTTP/2"
+    if scheme in ("grpc", "h2c"):
+        return f"give h2c://{address} for gRPC and HTTP/2"
+    return f"no scheme but h2c:// is known; give {address} for HTTP/1.1"
 
 
 @attrs.frozen(kw_only=True)
@@ -206,6 +245,17 @@ class ServiceOptions:
         read_targets_accept_websockets: Whether WebSockets may go to read targets.
         exclude_metrics_paths: Paths, as the target sees them, that are left out of the metrics.
         client_ip_header: Request header whose value becomes the incoming X-Forwarded-For.
+        tls_enabled: Whether it is served over HTTPS.
+        tls_certificate_path: File with its own certificate chain (PEM); empty means that
+            certificates are obtained from a certificate authority.
+        tls_private_key_path: File with the private key of that certificate (PEM).
+        tls_on_demand_url: URL, or path on the service, that is asked whether a host may have a
+            certificate; empty means that the hosts are those in ``hosts``.
+        tls_redirect: Whether plain HTTP requests are redirected to HTTPS.
+        tls_client_ca_path: File with the certificates (PEM) of which one must have signed each
+            client's; empty means that clients need none.
+        acme_directory: URL of the certificate authority's ACME directory; empty means the proxy's.
+        acme_cache_path: Directory for what comes from there; empty means in the data directory.
     """
 
     hosts: tuple[str, ...] = attrs.field(default=(), converter=_hosts)
@@ -224,6 +274,7 @@ class ServiceOptions:
     read_targets_accept_websockets: bool = False
     exclude_metrics_paths: tuple[str, ...] = attrs.field(default=(), converter=texts)
     client_ip_header: str = ""
+    tls_client_ca_path: str = ""
 
     def validate(self) -> None:
         """Raise InvalidOptionsError for a value that can't work or a contradiction."""
@@ -264,6 +315,8 @@ class ServiceOptions:
         if not self.tls_enabled:
             if self.tls_on_demand_url:
                 raise refuse("TLS must be enabled to use a TLS on-demand URL")
+            if self.tls_client_ca_path:
+                raise refuse("TLS must be enabled to ask clients for certificates")
             return
         if self.tls_on_demand_url:
             if self.hosts:
@@ -279,6 +332,11 @@ class ServiceOptions:
                 )
         elif not self.hosts:
             raise refuse("host must be set when using TLS")
+        if self.tls_client_ca_path and not self.tls_redirect:
+            raise refuse(
+                "clients could avoid their certificates over plain HTTP; leave out "
+                "--tls-redirect=false or --tls-client-ca"
+            )
         if "/" not in self.path_prefixes:
             raise refuse("TLS settings must be specified on the root path service")
         if not own_certificate and any("*" in host for host in self.hosts):
@@ -311,8 +369,9 @@ class DeployOptions:
 
     Attributes:
         service: Name of the service.
-        targets: ``host:port`` of each target.
-        read_targets: ``host:port`` of each read-only target.
+        targets: ``host:port`` of each target, or ``h2c://host:port`` of one that is spoken with
+            over HTTP/2.
+        read_targets: The same of each read-only target.
     """
 
     service: str
@@ -327,17 +386,12 @@ class DeployOptions:
 
         Raises:
             InvalidOptionsError: a value can't work; the sentence names the option and the value.
-            NotSupportedYetError: an option of the original whose behaviour is still to come.
         """
         require_service_name(self.service)
         _require_targets(self.targets, self.read_targets)
         self.service_options.validate()
         self.target_options.validate()
         self.deployment_options.validate()
-        for flag in unsupported_flags(self.service_options):
-            raise NotSupportedYetError(
-                f"--{flag} is not supported yet by this version of kamal-proxy"
-            )
 
 
 @attrs.frozen(kw_only=True)
@@ -411,36 +465,6 @@ class RolloutSplit:
         require_between("percent", self.percentage, 0, 100)
 
 
-# Field of ServiceOptions -> flag, for behaviour that arrives with a later version.
-# A deploy that asks for one is refused; a restored service that has one is served without it and
-# says so in the log. Every value survives in the saved state.
-_UNSUPPORTED_SERVICE = {
-    "tls_enabled": "tls",
-    "tls_certificate_path": "tls-certificate-path",
-    "tls_private_key_path": "tls-private-key-path",
-    "tls_on_demand_url": "tls-on-demand-url",
-    "acme_directory": "tls-staging",
-}
-NOT_SUPPORTED_YET = frozenset(
-    {
-        *_UNSUPPORTED_SERVICE.values(),
-        "http3",
-    }
-)
-"""Flags that help texts must mark."""
-
-
-def unsupported_flags(service: ServiceOptions) -> Iterator[str]:
-    """Yield the flag of each option that asks for behaviour this version does not have.
-
-    An option at its default asks for nothing.
-    """
-    defaults = ServiceOptions()
-    for field, flag in _UNSUPPORTED_SERVICE.items():
-        if getattr(service, field) != getattr(defaults, field):
-            yield flag
-
-
 def default_data_directory() -> Path:
     """Return ``~/.config/kamal-proxy``, the original's place for state and certificates."""
     home = os.environ.get("HOME") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
@@ -457,15 +481,64 @@ def default_socket_path() -> Path:
 
 
 @attrs.frozen(kw_only=True)
+class AcmeOptions:
+    """From which certificate authority certificates are obtained, and as whom.
+
+    Attributes:
+        directory: URL of its ACME directory; empty means Let's Encrypt's.
+        email: Address that the authority may write to; empty means none.
+        eab_key_id: Identifier of the account outside to which the ACME account is bound; empty
+            means that it is bound to none.
+        eab_hmac_key: Secret that belongs to it, in base64url, as the authority shows it.
+        ca_file: File with the certificates (PEM) by which the authority's own server is verified;
+            empty means those of well-known authorities.
+    """
+
+    directory: str = ""
+    email: str = ""
+    eab_key_id: str = ""
+    eab_hmac_key: str = attrs.field(default="", repr=False)
+    ca_file: str = ""
+
+    def validate(self) -> None:
+        """Raise InvalidOptionsError for a value that can't work or a contradiction."""
+        if self.directory and not _ACME_DIRECTORY.fullmatch(self.directory):
+            raise InvalidOptionsError(
+                f"acme-directory '{self.directory}' must be an https URL, such as "
+                "https://ca.example.com/acme/directory"
+            )
+        if self.email and not _EMAIL.fullmatch(self.email):
+            raise InvalidOptionsError(
+                f"acme-email '{self.email}' must be one address, such as ops@example.com"
+            )
+        if bool(self.eab_key_id) != bool(self.eab_hmac_key):
+            missing = "acme-eab-hmac-key" if self.eab_key_id else "acme-eab-kid"
+            raise InvalidOptionsError(
+                f"acme-eab-kid and acme-eab-hmac-key go together; {missing} is missing"
+            )
+        if self.eab_hmac_key and not _BASE64URL.fullmatch(self.eab_hmac_key):
+            raise InvalidOptionsError(
+                "acme-eab-hmac-key must be base64url, as the certificate authority shows it"
+            )
+        if self.ca_file and not self.directory:
+            raise InvalidOptionsError(
+                "acme-ca-file is of no use without acme-directory: Let's Encrypt is verified as "
+                "any web site is"
+            )
+
+
+@attrs.frozen(kw_only=True)
 class RunOptions:
     """How a proxy runs.
 
     Attributes:
         http_port: TCP port for plain HTTP; 0 lets the kernel choose (see ``Proxy.http_port``).
-        https_port: TCP port for HTTPS. Not served yet.
+        https_port: TCP port for HTTPS; 0 lets the kernel choose (see ``Proxy.https_port``), and
+            ``None`` means that HTTPS is not served: services can't use TLS then. The command's
+            default is 443.
         metrics_port: TCP port for metrics; 0 means none.
         udp_port: UDP port of services that were deployed without one of their own.
-        http3: Whether HTTP/3 is served. Not served yet.
+        http3: Whether HTTP/3 is served too, on the UDP port of the same number as HTTPS.
         debug: Whether debug lines are logged.
         bind: Addresses to listen on; none means all, IPv4 and IPv6.
         trusted_proxies: Networks (``192.0.2.0/24``, or an address) whose X-Forwarded-* headers,
@@ -488,10 +561,11 @@ class RunOptions:
         max_spill: Bytes that may lie there at once; 0 means no limit.
         max_buffer_memory: Bytes of buffered bodies in memory at once; what is over is written to
             the spill directory.
+        acme: From whom certificates are obtained.
     """
 
     http_port: int = 80
-    https_port: int = 443
+    https_port: int | None = None
     metrics_port: int = 0
     udp_port: int = 8080
     http3: bool = False
@@ -511,6 +585,12 @@ class RunOptions:
     spill_directory: Path | None = None
     max_spill: int = 10 * 1024**3
     max_buffer_memory: int = 256 * 1024**2
+    acme: AcmeOptions = attrs.field(factory=AcmeOptions)
+
+    @property
+    def certificates_path(self) -> Path | None:
+        """What is obtained from certificate authorities."""
+        return self._in_data_directory("certs")
 
     @property
     def state_path(self) -> Path | None:
@@ -528,9 +608,9 @@ class RunOptions:
         return self._in_data_directory("kamal-proxy-udp.sessions")
 
     def validate(self) -> None:
-        """Raise InvalidOptionsError or NotSupportedYetError for a value that can't be used."""
+        """Raise InvalidOptionsError for a value that can't be used."""
         for option in ("http-port", "https-port", "metrics-port"):
-            require_port(option, getattr(self, option.replace("-", "_")), lowest=0)
+            require_port(option, getattr(self, option.replace("-", "_")) or 0, lowest=0)
         require_port("udp-port", self.udp_port, lowest=1)
         for option in ("head-timeout", "idle-timeout", "stall-timeout"):
             require_positive(option, getattr(self, option.replace("-", "_")))
@@ -549,10 +629,9 @@ class RunOptions:
         ):
             for network in networks:
                 require_network(option, network)
-        if self.http3:
-            raise NotSupportedYetError(
-                "--http3 is not supported yet by this version of kamal-proxy"
-            )
+        self.acme.validate()
+        if self.http3 and self.https_port is None:
+            raise InvalidOptionsError("http3 needs an https-port")
 
     def _in_data_directory(self, name: str) -> Path | None:
         return None if self.data_directory is None else self.data_directory / name

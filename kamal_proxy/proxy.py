@@ -14,24 +14,17 @@ import trio
 
 from kamal_proxy import listeners, state_format
 from kamal_proxy.all_services import AllServices
+from kamal_proxy.certificates import Certificates
 from kamal_proxy.control.api import ControlServer
 from kamal_proxy.errors import ShuttingDownError
-from kamal_proxy.http.bodies import Spill
+from kamal_proxy.http.asking import ApplicationAsker
 from kamal_proxy.http.error_pages import load_error_pages
+from kamal_proxy.http.h2_pool import new_pool
 from kamal_proxy.http.probe import HttpProbe
-from kamal_proxy.http.server import HttpServer
-from kamal_proxy.http.upstream import UpstreamPool
+from kamal_proxy.http.web import Web, listen
 from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.metrics_server import MetricsServer
-from kamal_proxy.options import (
-    DeployOptions,
-    PauseOptions,
-    RolloutOptions,
-    RolloutSplit,
-    RunOptions,
-    StopOptions,
-)
 from kamal_proxy.services import Services
 from kamal_proxy.sockets import Poller
 from kamal_proxy.state import StateFile
@@ -41,11 +34,23 @@ from kamal_proxy.udp.session_store import SessionStore
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from kamal_proxy.control.messages import Event, ServiceDescription
-    from kamal_proxy.deployment import DrainResult
+    from kamal_proxy.control.messages import CertificateDescription, Event, ServiceDescription
+    from kamal_proxy.deployment import DrainResult, Target
+    from kamal_proxy.health import ProbeResult
+    from kamal_proxy.http.target_side import Pool
     from kamal_proxy.listeners import Address
+    from kamal_proxy.options import (
+        DeployOptions,
+        HealthCheckOptions,
+        PauseOptions,
+        RolloutOptions,
+        RolloutSplit,
+        RunOptions,
+        StopOptions,
+        TargetScheme,
+    )
     from kamal_proxy.sockets import SocketStream
     from kamal_proxy.udp.options import UdpDeployOptions
 
@@ -74,12 +79,13 @@ class Proxy:
         self._stop = trio.Event()
         self._metrics = Metrics()
         self._services: AllServices | None = None
-        self._http: HttpServer | None = None
+        self._web: Web | None = None
+        self._certificates: Certificates | None = None
 
     def __repr__(self) -> str:
-        if self._services is None or self._http is None:
+        if self._services is None or self._web is None:
             return "<Proxy not running>"
-        return f"<Proxy http_port={self._http.port} services={len(self.services())}>"
+        return f"<Proxy http_port={self._web.http_port} services={len(self.services())}>"
 
     # Running
 
@@ -109,15 +115,23 @@ class Proxy:
             poller = Poller()
             stack.callback(poller.close)
 
-            def connect(host: str, port: int) -> UpstreamPool:
-                return UpstreamPool(poller, host, port, options.max_head_size)
+            http_probe = HttpProbe(poller)
+
+            async def probe(target: Target, check: HealthCheckOptions) -> ProbeResult:
+                return await http_probe(target, check, target.scheme)
+
+            def connect(host: str, port: int, scheme: TargetScheme) -> Pool:
+                return new_pool(poller, host, port, scheme, options.max_head_size)
 
             services = Services(
                 state,
                 self._log,
-                probe=HttpProbe(poller),
+                probe=probe,
                 connect=connect,
                 load_pages=load_error_pages,
+                https=options.https_port is not None,
+                on_routes=lambda routes: certificates.want(routes),
+                check_tls=lambda service: certificates.require_obtainable(service),
                 metrics=self._metrics,
             )
             udp = UdpServices(
@@ -126,31 +140,38 @@ class Proxy:
                 self._log,
                 bind=options.bind,
                 default_port=options.udp_port,
-                http_probe=HttpProbe(poller),
+                http_probe=http_probe,
                 interrupt=poller.fileno(),
                 metrics=self._metrics,
             )
+            certificates = self._certificates = Certificates(
+                options,
+                lambda: services.routes,
+                ApplicationAsker(lambda: services.routes),
+                self._log,
+                self._metrics,
+            )
             restored, udp_restored = services.restore(), udp.restore()
-            bound = _listen(options.bind, options.http_port, stack)
+            web = self._web = stack.enter_context(
+                Web(options, lambda: services.routes, certificates, self._log, self._metrics)
+            )
             scraped = []
             if options.metrics_port:
-                scraped = _listen(options.bind, options.metrics_port, stack)
+                scraped = listen(options, options.metrics_port, stack)
             control = None
             if options.socket_path is not None:
                 control = stack.enter_context(listeners.listen_unix(options.socket_path))
             async with trio.open_nursery() as base:
                 await base.start(poller.run)
+                await base.start(certificates.run)
                 async with trio.open_nursery() as deployments:
                     await services.start(deployments, restored)
                     await udp.start(deployments, udp_restored)
-                    self._services = AllServices(services, udp, self._log)
+                    self._services = everything = AllServices(services, udp, self._log)
                     try:
-                        await self._serve(
-                            services, udp, bound, scraped, control, poller, task_status
-                        )
+                        await self._serve(web, scraped, control, poller, task_status)
                     finally:
-                        services.close()
-                        udp.close()
+                        everything.close()
                         udp.save_sessions()
                         deployments.cancel_scope.cancel(reason="the proxy stops")
                 base.cancel_scope.cancel(reason="the proxy stops")
@@ -168,39 +189,31 @@ class Proxy:
     @property
     def http_port(self) -> int:
         """The port that HTTP is served on, also when the kernel chose it."""
-        if self._http is None:
-            raise ShuttingDownError("the proxy is not running")
-        return self._http.port
+        return self._running_web().http_port
+
+    @property
+    def https_port(self) -> int:
+        """The port that HTTPS is served on, also when the kernel chose it; 0 if it is not."""
+        return self._running_web().https_port
 
     async def _serve(
         self,
-        services: Services,
-        udp: UdpServices,
-        bound: list[socket.socket],
+        web: Web,
         scraped: list[socket.socket],
         control: socket.socket | None,
         poller: Poller,
         task_status: trio.TaskStatus[Proxy],
     ) -> None:
-        options = self.options
-        spill = Spill(options.spill_directory, options.max_spill, options.max_buffer_memory)
-        http = self._http = HttpServer(
-            options,
-            lambda: services.routes,
-            self._log,
-            self._metrics,
-            spill,
-            bound[0].getsockname()[1],
-        )
-        self._register_gauges(http, spill)
+        options, services, certificates = self.options, self._services, self._certificates
+        assert services is not None
+        assert certificates is not None
         # Each nursery's deadline also holds for those inside it, hence this order.
         async with trio.open_nursery() as clients:
             async with trio.open_nursery() as callers, trio.open_nursery() as operations:
                 async with trio.open_nursery() as acceptors:
-                    acceptors.start_soon(http.accept, bound, poller, clients)
+                    acceptors.start_soon(web.accept, poller, clients)
                     if control is not None:
-                        assert self._services is not None
-                        server = ControlServer(self._services, operations, self._log)
+                        server = ControlServer(services, certificates, operations, self._log)
                         acceptors.start_soon(
                             self._accept_some, server.handle, "Admin API", control, poller, callers
                         )
@@ -209,51 +222,21 @@ class Proxy:
                         acceptors.start_soon(
                             self._accept_some, metrics.handle, "Metrics", listener, poller, callers
                         )
-                    self._log_started(http)
+                    self._log.info("Server started", http=web.http_port, https=web.https_port)
+                    if options.metrics_port:
+                        self._log.info("Metrics enabled", address=f":{options.metrics_port}")
                     task_status.started(self)
                     await self._stop.wait()
                     acceptors.cancel_scope.cancel(reason="the proxy stops")
                 deadline = trio.current_time() + max(0.0, options.shutdown_timeout - _EXIT_TIME)
-                for listener in bound:
-                    listener.close()
                 services.close()
-                udp.close()
                 operations.cancel_scope.cancel(reason="the proxy stops")
                 callers.cancel_scope.deadline = trio.current_time() + _ABORT_TIME
-                http.close_idle(deadline - _ABORT_TIME)
+                web.close_idle(deadline - _ABORT_TIME)
             with trio.move_on_at(deadline - _ABORT_TIME):
-                await http.wait_closed()
-            http.abort()
+                await web.wait_closed()
+            web.abort()
             clients.cancel_scope.deadline = deadline
-
-    def _log_started(self, http: HttpServer) -> None:
-        if self.options.https_port != RunOptions().https_port:
-            self._log.warning(
-                "HTTPS is not served yet by this version", https=self.options.https_port
-            )
-        self._log.info("Server started", http=http.port, https=0)
-        if self.options.metrics_port:
-            self._log.info("Metrics enabled", address=f":{self.options.metrics_port}")
-
-    def _register_gauges(self, http: HttpServer, spill: Spill) -> None:
-        for name, text, read in (
-            (
-                "kamal_proxy_http_open_connections",
-                "Client connections that are open now.",
-                lambda: http.connections,
-            ),
-            (
-                "kamal_proxy_spill_bytes",
-                "Bytes of buffered bodies on disk, or on their way there.",
-                lambda: spill.spilled,
-            ),
-            (
-                "kamal_proxy_buffer_memory_bytes",
-                "Bytes of buffered bodies in memory now.",
-                lambda: spill.memory,
-            ),
-        ):
-            self._metrics.gauge(name, text, read)
 
     async def _accept_some(
         self,
@@ -321,6 +304,18 @@ class Proxy:
         """Let them serve nobody; see :meth:`kamal_proxy.services.Services.stop_rollout`."""
         await self._running().stop_rollout(name)
 
+    def certificates(self) -> list[CertificateDescription]:
+        """Describe the certificates of services with TLS, sorted by host."""
+        self._running()
+        assert self._certificates is not None
+        return self._certificates.describe()
+
+    async def renew_certificate(self, host: str) -> None:
+        """Obtain a new certificate for a host now; see ``Certificates.renew``."""
+        self._running()
+        assert self._certificates is not None
+        await self._certificates.renew(host)
+
     def metrics(self, accept: str = "") -> tuple[bytes, bytes]:
         """Return the metrics and their content type, as ``/metrics`` would for this Accept."""
         return self._metrics.render(accept)
@@ -329,22 +324,15 @@ class Proxy:
         """Describe all services, sorted by name."""
         return self._running().describe()
 
+    def _running_web(self) -> Web:
+        if self._web is None:
+            raise ShuttingDownError("the proxy is not running")
+        return self._web
+
     def _running(self) -> AllServices:
         if self._services is None:
             raise ShuttingDownError("the proxy is not running")
         return self._services
-
-
-def _listen(
-    addresses: Sequence[str], port: int, stack: contextlib.ExitStack
-) -> list[socket.socket]:
-    """Bind one port on some addresses, or on all if there are none, until the stack is closed."""
-    bound: list[socket.socket] = []
-    for address in addresses or ("",):
-        # A port that the kernel chooses is chosen once.
-        sock = listeners.listen_tcp(address, port or (bound[0].getsockname()[1] if bound else 0))
-        bound.append(stack.enter_context(contextlib.closing(sock)))
-    return bound
 
 
 @asynccontextmanager

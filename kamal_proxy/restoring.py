@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
-from kamal_proxy.errors import ErrorPagesError
-from kamal_proxy.options import HealthCheckOptions, unsupported_flags
+from kamal_proxy.errors import CertificateError, ErrorPagesError
 from kamal_proxy.service import Pages, Service
+from kamal_proxy.tls.files import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kamal_proxy.deployment import Deployment
     from kamal_proxy.logs import Log
+    from kamal_proxy.options import HealthCheckOptions
     from kamal_proxy.state import SavedService
 
 
@@ -50,11 +52,6 @@ def restored(
         health_check = saved.target_options.health_check
         return new_deployment(saved.name, targets, readers, health_check, trusted=True)
 
-    for flag in unsupported_flags(saved.service_options):
-        log.warning(
-            f"Service is served without --{flag}: not supported yet by this version",
-            service=saved.name,
-        )
     has_rollout = bool(saved.rollout_targets or saved.rollout_readers)
     return Service(
         name=saved.name,
@@ -65,6 +62,7 @@ def restored(
         split=saved.rollout,
         pause=saved.pause,
         pages=_pages(saved, load_pages, log),
+        tls=_tls(saved, log),
         extra=saved.extra,
     )
 
@@ -83,3 +81,27 @@ def _pages(saved: SavedService, load_pages: Callable[[str], Pages], log: Log) ->
             details=error.details,
         )
         return None
+
+
+def _tls(saved: SavedService, log: Log) -> TlsFiles | None:
+    if not saved.service_options.tls_enabled:
+        return None
+    files = TlsFiles(saved.service_options)
+    try:
+        files.load()
+    except CertificateError as error:
+        # The others must not suffer; this one is served again once the files can be used.
+        log.error(
+            "Service is not served over HTTPS until its files can be used",
+            service=saved.name,
+            error=str(error),
+            details=error.details,
+        )
+    tell_doubts(saved.name, files, log)
+    return files
+
+
+def tell_doubts(service: str, files: TlsFiles, log: Log) -> None:
+    """Log what a service's clients may not like about its certificate."""
+    if doubts := files.doubts(time.time()):
+        log.warning("Certificate may be refused by clients", service=service, details=doubts)

@@ -74,6 +74,18 @@ class RoutingTable:
                         ],
                     )
 
+    def secure(self, host: str) -> Service | None:
+        """Return the service that has the TLS settings of a host, if it has any.
+
+        Args:
+            host: Host name in lower case; empty for a client that names none, which gets the first
+                service with TLS.
+        """
+        if not host:
+            return next((each for each in self if each.options.tls_enabled), None)
+        found = self.find(host, b"/")
+        return found[0] if found is not None and found[0].options.tls_enabled else None
+
     def find(self, host: str, path: bytes) -> tuple[Service, bytes] | None:
         """Find the service for a request.
 
@@ -121,8 +133,9 @@ def _inheriting_tls(services: dict[str, Service]) -> Iterator[Service]:
                 tls_enabled=root is not None and root.options.tls_enabled,
                 tls_redirect=root is None or root.options.tls_redirect,
             )
-            if options != service.options:
-                service = attrs.evolve(service, options=options)
+            tls = None if root is None else root.tls
+            if options != service.options or tls is not service.tls:
+                service = attrs.evolve(service, options=options, tls=tls)
         yield service
 
 

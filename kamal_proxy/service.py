@@ -18,6 +18,7 @@ from kamal_proxy.health import TargetState
 from kamal_proxy.matching import decoded_path, has_prefix, host_name
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause, SavedRollout, SavedService
+from kamal_proxy.tls.files import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +46,7 @@ class Service:
         released: Set when ``pause`` was changed or the service removed: whoever waits should look
             at the routing table again. It outlives a deploy.
         pages: Its own error pages.
+        tls: What its TLS handshakes need from files; None without TLS.
         canonical_name: Host to which requests for any other are redirected, as hosts are compared;
             empty means none.
         client_ip_header: Lower-case name of the header that holds the client's address, if any.
@@ -61,6 +63,7 @@ class Service:
     pause: SavedPause = attrs.field(factory=SavedPause)
     released: trio.Event = attrs.field(factory=trio.Event)
     pages: Pages | None = None
+    tls: TlsFiles | None = None
     extra: Mapping[str, Any] = attrs.field(factory=dict)
     canonical_name: str = attrs.field(init=False)
     client_ip_header: bytes = attrs.field(init=False)
@@ -143,7 +146,7 @@ class Service:
             rollout_percentage=0 if split is None else split.percentage,
             rollout_allowlist=() if split is None else split.allowlist,
             healthy=tuple(
-                target.name
+                target.given
                 for deployment in self.deployments
                 for target in deployment.targets
                 if target.health.state is TargetState.HEALTHY

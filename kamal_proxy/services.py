@@ -8,30 +8,33 @@ in the nursery that the proxy gives.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import trio
 
 from kamal_proxy.balancer import split_point
-from kamal_proxy.deployment import Connections, Deployment, DrainResult, Target
+from kamal_proxy.deployment import Deployment, DrainResult, Target
 from kamal_proxy.errors import (
+    CertificateError,
+    InvalidOptionsError,
     ResumedError,
     RolloutNotSetError,
     ServiceNotFoundError,
     ShuttingDownError,
 )
 from kamal_proxy.reports import Report, not_healthy
-from kamal_proxy.restoring import restored
+from kamal_proxy.restoring import restored, tell_doubts
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Pages, Service
 from kamal_proxy.state import SavedPause, SavedRollout
+from kamal_proxy.tls.files import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kamal_proxy.control.messages import Event, ServiceDescription
-    from kamal_proxy.deployment import Probe
+    from kamal_proxy.deployment import Connect, Probe
     from kamal_proxy.health import ProbeResult
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
@@ -42,11 +45,16 @@ if TYPE_CHECKING:
         PauseOptions,
         RolloutOptions,
         RolloutSplit,
+        ServiceOptions,
         StopOptions,
     )
     from kamal_proxy.state import SavedService, StateFile
 
-_MAX_LOADS = 4  # directories of error pages that are read at once
+A = TypeVar("A")
+R = TypeVar("R")
+
+TLS_FILES_INTERVAL = 5.0  # seconds between two looks at the files of certificates
+_MAX_LOADS = 4  # directories of error pages and certificates that are read at once
 
 
 class Services:
@@ -56,8 +64,11 @@ class Services:
         state: Where they are saved; ``None`` saves nothing.
         log: Where changes are logged.
         probe: Probes a target.
-        connect: Makes the connections of a target from its host and port.
+        connect: Makes the connections of a target from its host and port, and what is spoken.
         load_pages: Reads a service's own error pages from a directory, blocking.
+        https: Whether HTTPS is served, so that services can use TLS.
+        check_tls: Raises InvalidOptionsError for options with which no TLS is possible.
+        on_routes: Told of each new routing table.
         metrics: Counts probes and deploys.
     """
 
@@ -67,8 +78,11 @@ class Services:
         log: Log,
         *,
         probe: Probe,
-        connect: Callable[[str, int], Connections],
+        connect: Connect,
         load_pages: Callable[[str], Pages],
+        https: bool,
+        check_tls: Callable[[ServiceOptions], None],
+        on_routes: Callable[[RoutingTable], None],
         metrics: Metrics,
     ) -> None:
         self._state = state
@@ -76,10 +90,13 @@ class Services:
         self._probe = probe
         self._connect = connect
         self._load_pages = load_pages
+        self._https = https
+        self._check_tls = check_tls
+        self._on_routes = on_routes
         self._metrics = metrics
         self._commit = trio.Lock()
-        # Threads of their own: neither a slow name service nor a slow directory of error pages
-        # may hold up the state.
+        # Threads of their own: neither a slow name service nor a slow directory may hold up
+        # the state.
         self._saving = trio.CapacityLimiter(1)
         self._loading = trio.CapacityLimiter(_MAX_LOADS)
         self._draining: list[tuple[str, Deployment]] = []
@@ -93,8 +110,9 @@ class Services:
         for service in restored:
             for deployment in service.deployments:
                 await nursery.start(deployment.run)
-        self.routes = RoutingTable({service.name: service for service in restored})
+        self._show(RoutingTable({service.name: service for service in restored}))
         self._nursery = nursery
+        nursery.start_soon(self._watch_tls_files)
 
     def close(self) -> None:
         """Take no further changes; deploys that have not switched yet fail."""
@@ -124,20 +142,23 @@ class Services:
             HostConflictError: another service has one of the hosts and prefixes.
             InvalidOptionsError: an option has a value that can't be used.
             ErrorPagesError: the error pages can't be used.
+            CertificateError: the service's certificate can't be used.
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
         options.validate()
         report = Report(progress, self._log)
         self._running()
-        pages = None
+        pages = tls = None
         if options.service_options.error_page_path:
-            pages = await trio.to_thread.run_sync(
-                self._load_pages,
-                options.service_options.error_page_path,
-                abandon_on_cancel=True,
-                limiter=self._loading,
-            )
+            pages = await self._load(self._load_pages, options.service_options.error_page_path)
+        if options.service_options.tls_enabled:
+            if not self._https:
+                raise InvalidOptionsError("TLS needs HTTPS, which this proxy does not serve")
+            self._check_tls(options.service_options)
+            tls = TlsFiles(options.service_options)
+            await self._load(TlsFiles.load, tls)
+            tell_doubts(options.service, tls, self._log)
         deployment = self._new_deployment(
             options.service,
             options.targets,
@@ -155,6 +176,7 @@ class Services:
                     target_options=options.target_options,
                     active=deployment,
                     pages=pages,
+                    tls=tls,
                 )
             return attrs.evolve(
                 current,
@@ -162,6 +184,7 @@ class Services:
                 target_options=options.target_options,
                 active=deployment,
                 pages=pages,
+                tls=tls,
                 extra={},
             )
 
@@ -504,7 +527,39 @@ class Services:
         if self._state is not None:
             saved = [service.saved() for service in routes]
             await trio.to_thread.run_sync(self._state.save, saved, limiter=self._saving)
+        self._show(routes)
+
+    def _show(self, routes: RoutingTable) -> None:
         self.routes = routes
+        self._on_routes(routes)
+
+    async def _load(self, load: Callable[[A], R], what: A) -> R:
+        """Read files in a thread, which is left alone if nobody waits for it any more."""
+        return await trio.to_thread.run_sync(
+            load, what, abandon_on_cancel=True, limiter=self._loading
+        )
+
+    async def _watch_tls_files(self) -> None:
+        """Notice files of certificates that were replaced, until cancelled."""
+        while True:
+            await trio.sleep(TLS_FILES_INTERVAL)
+            for service in self.routes:
+                # The others on a host have the files of its root's.
+                if service.tls is None or "/" not in service.options.path_prefixes:
+                    continue
+                try:
+                    changed = await self._load(TlsFiles.refresh, service.tls)
+                except CertificateError as error:
+                    self._log.error(
+                        "Certificate can't be used; what was read before still is",
+                        service=service.name,
+                        error=str(error),
+                        details=error.details,
+                    )
+                else:
+                    if changed:
+                        self._log.info("Certificate reloaded", service=service.name)
+                        tell_doubts(service.name, service.tls, self._log)
 
     # Describing and restoring
 

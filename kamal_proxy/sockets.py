@@ -72,6 +72,10 @@ class Poller:
         self._streams[sock.fileno()] = stream
         return stream
 
+    def adopt(self, stream: SocketStream) -> None:
+        """Let a stream have the events of its socket, which another one has released."""
+        self._streams[stream.fileno()] = stream
+
     def forget(self, fd: int) -> None:
         """Drop a stream that is about to be closed; closing it takes it out of the epoll."""
         del self._streams[fd]
@@ -92,32 +96,108 @@ class Poller:
         self._epoll.close()
 
 
-class SocketStream:
+class Reader:
+    """One task that waits for something to read, and may watch a stream for its hang-up meanwhile.
+
+    What there is to read, and when it is, is the subclass's to say.
+    """
+
+    __slots__ = ("_reader", "_watched")
+
+    def __init__(self) -> None:
+        self._reader: trio.lowlevel.Task | None = None
+        self._watched: SocketStream | None = None  # whose hang-up also wakes our reader
+
+    async def wait_readable(self, watch: SocketStream | None = None) -> bool:
+        """Wait until a read that found nothing is worth another try.
+
+        Args:
+            watch: A stream whose hang-up ends the wait as well.
+
+        Returns:
+            False if it was ``watch`` that hung up; it may have sent data before it did.
+        """
+        self._require_open()
+        if self._reader is not None:
+            raise trio.BusyResourceError("another task is reading from this stream")
+        if watch is not None:
+            if watch.hung_up:
+                await trio.lowlevel.checkpoint()
+                return False
+            watch._watcher = self
+            self._watched = watch
+        self._reader = trio.lowlevel.current_task()
+
+        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
+            self._take_reader()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        readable = await trio.lowlevel.wait_task_rescheduled(abort)
+        return bool(readable)
+
+    def watch_from_now(self, watch: SocketStream) -> None:
+        """Let a hang-up of ``watch`` end also the wait in which a reader may be already."""
+        if self._reader is None:
+            return
+        if watch.hung_up:
+            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(False))
+        else:
+            watch._watcher = self
+            self._watched = watch
+
+    def wake_reader(self, *, readable: bool = True) -> None:
+        """End the wait of the reader, if there is one.
+
+        Args:
+            readable: Whether there is something to read; otherwise what is watched has hung up.
+        """
+        if self._reader is not None:
+            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(readable))
+
+    def _require_open(self) -> None:
+        """Raise ``trio.ClosedResourceError`` if nothing will ever be read."""
+
+    def _take_reader(self) -> trio.lowlevel.Task:
+        task, self._reader = self._reader, None
+        assert task is not None
+        if self._watched is not None:
+            self._watched._watcher = None
+            self._watched = None
+        return task
+
+
+class SocketStream(Reader):
     """A connected stream socket. One task may read, and one task may write, at a time.
 
     All methods raise ``trio.BrokenResourceError`` when the peer or the network broke the
     connection, ``trio.ClosedResourceError`` after :meth:`close` and ``trio.BusyResourceError``
     when a second task uses the same direction.
+
+    Attributes:
+        secured: Whether it is inside TLS; the others say what its handshake has agreed on.
+        alpn: The protocol, such as ``h2``; empty if none was named.
+        client_ca: PEM certificates by which the client's own was verified, if it was.
     """
+
+    secured: bool = False
+    alpn: str = ""
+    client_ca: bytes | None = None
 
     __slots__ = (
         "_calls",
         "_hung_up",
         "_poller",
-        "_reader",
         "_sock",
-        "_watched",
         "_watcher",
         "_writer",
     )
 
     def __init__(self, sock: socket.socket, poller: Poller) -> None:
+        super().__init__()
         self._sock: socket.socket | None = sock
         self._poller = poller
-        self._reader: trio.lowlevel.Task | None = None
         self._writer: trio.lowlevel.Task | None = None
-        self._watched: SocketStream | None = None  # whose hang-up also wakes our reader
-        self._watcher: SocketStream | None = None  # whose reader our hang-up wakes
+        self._watcher: Reader | None = None  # whom our hang-up wakes
         self._hung_up = False
         self._calls = 0
 
@@ -177,43 +257,6 @@ class SocketStream:
                 progress()
             await self.wait_writable()
             rest = rest[self.send_nowait(rest) :]
-
-    async def wait_readable(self, watch: SocketStream | None = None) -> bool:
-        """Wait until a read that found nothing is worth another try.
-
-        Args:
-            watch: A stream whose hang-up ends the wait as well.
-
-        Returns:
-            False if it was ``watch`` that hung up; it may have sent data before it did.
-        """
-        self._socket()
-        if self._reader is not None:
-            raise trio.BusyResourceError("another task is reading from this stream")
-        if watch is not None:
-            if watch.hung_up:
-                await trio.lowlevel.checkpoint()
-                return False
-            watch._watcher = self
-            self._watched = watch
-        self._reader = trio.lowlevel.current_task()
-
-        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
-            self._take_reader()
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        readable = await trio.lowlevel.wait_task_rescheduled(abort)
-        return bool(readable)
-
-    def watch_from_now(self, watch: SocketStream) -> None:
-        """Let a hang-up of ``watch`` end also the wait in which a reader may be already."""
-        if self._reader is None:
-            return
-        if watch.hung_up:
-            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(False))
-        else:
-            watch._watcher = self
-            self._watched = watch
 
     async def wait_writable(self) -> None:
         """Wait until a write that found the socket full is worth another try."""
@@ -304,14 +347,29 @@ class SocketStream:
             task, self._writer = self._writer, None
             trio.lowlevel.reschedule(task, _closed())
 
+    def fileno(self) -> int:
+        """Return the descriptor of the socket."""
+        return self._socket().fileno()
+
+    def release(self) -> tuple[socket.socket, Poller]:
+        """Give the socket to another stream, for which :meth:`Poller.adopt` is called next.
+
+        Nobody may be waiting for this one, which counts as closed from now on.
+        """
+        sock = self._socket()
+        if self._reader is not None or self._writer is not None or self._watcher is not None:
+            raise trio.BusyResourceError("another task is using this stream")
+        self._sock = None
+        return sock, self._poller
+
     def ready(self, events: int) -> None:
         """Wake the tasks that wait for these epoll events (called by the poller)."""
         if events & _HUNG_UP:
             self._hung_up = True
             if self._watcher is not None and self.at_eof_nowait():
                 trio.lowlevel.reschedule(self._watcher._take_reader(), outcome.Value(False))
-        if events & _READABLE and self._reader is not None:
-            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(True))
+        if events & _READABLE:
+            self.wake_reader()
         if events & _WRITABLE and self._writer is not None:
             task, self._writer = self._writer, None
             trio.lowlevel.reschedule(task)
@@ -321,13 +379,8 @@ class SocketStream:
             raise trio.ClosedResourceError("this stream was closed")
         return self._sock
 
-    def _take_reader(self) -> trio.lowlevel.Task:
-        task, self._reader = self._reader, None
-        assert task is not None
-        if self._watched is not None:
-            self._watched._watcher = None
-            self._watched = None
-        return task
+    def _require_open(self) -> None:
+        self._socket()
 
     async def _take_turn(self) -> None:
         # Before the system call, so that a cancellation never loses what it has done.

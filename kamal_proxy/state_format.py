@@ -211,6 +211,7 @@ _TARGET_OPTIONS = {
     "scope_cookie_paths": FLAG,
 }
 # The Go proxy has none of these and drops them when it writes; at their default they are left out.
+_OWN_SERVICE_OPTIONS = {"tls_client_ca_path": TEXT}
 _OWN_TARGET_OPTIONS = {"path_timeouts": _PATH_TIMEOUTS, "websocket_idle_timeout": _LIMIT}
 _PAUSE = {"state": WHOLE, "stop_message": TEXT, "fail_after": DURATION}
 _ROLLOUT = {"percentage": WHOLE, "percentage_split_point": _NUMBER, "allowlist": _TEXTS}
@@ -219,7 +220,7 @@ _ROLLOUT = {"percentage": WHOLE, "percentage_split_point": _NUMBER, "allowlist":
 def _decode_service(data: object, number: int) -> SavedService:
     name, section = open_service(data, number)
     options = section.child("options")
-    option_values = options.take_all(_SERVICE_OPTIONS) if options else {}
+    option_values = options.take_all(_SERVICE_OPTIONS | _OWN_SERVICE_OPTIONS) if options else {}
     target_options = section.child("target_options")
     health_check = target_options.child("health_check_config") if target_options else None
     pools = {
@@ -297,6 +298,11 @@ def _decode_rollout(section: Section | None) -> SavedRollout | None:
     return None if section is None else SavedRollout(**section.take_all(_ROLLOUT))
 
 
+def _encode_own(options: object, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Return what the document says of options that only this program has."""
+    return {key: value for key, value in encode_all(options, kinds).items() if value}
+
+
 def _encode_service(service: SavedService) -> dict[str, Any]:
     target_options = service.target_options
     if target_options.forward_headers is None:
@@ -307,15 +313,14 @@ def _encode_service(service: SavedService) -> dict[str, Any]:
     has_rollout = bool(service.rollout_targets or service.rollout_readers)
     document: dict[str, Any] = {
         "name": service.name,
-        "options": encode_all(service.service_options, _SERVICE_OPTIONS),
+        "options": {
+            **encode_all(service.service_options, _SERVICE_OPTIONS),
+            **_encode_own(service.service_options, _OWN_SERVICE_OPTIONS),
+        },
         "target_options": {
             "health_check_config": encode_all(target_options.health_check, _HEALTH_CHECK),
             **encode_all(target_options, _TARGET_OPTIONS),
-            **{
-                key: value
-                for key, value in encode_all(target_options, _OWN_TARGET_OPTIONS).items()
-                if value
-            },
+            **_encode_own(target_options, _OWN_TARGET_OPTIONS),
         },
         "active_targets": list(service.active_targets),
         "active_readers": list(service.active_readers),

@@ -65,8 +65,12 @@ class Connections:
 
     host: str
     port: int
+    scheme: str
     closed: bool = False
     trimmed: int = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
 
     def trim(self) -> None:
         assert not self.closed
@@ -252,6 +256,9 @@ async def open_room(path: Path, **script: list[bool | str]) -> AsyncIterator[Roo
             probe=probes,
             connect=Connections,
             load_pages=load_error_pages,
+            https=True,
+            check_tls=lambda options: None,
+            on_routes=lambda routes: None,
             metrics=Metrics(),
         )
         async with trio.open_nursery() as nursery:

@@ -131,6 +131,11 @@ class Embedded:
         return self.proxy.http_port
 
     @property
+    def https_port(self) -> int:
+        """Where it serves HTTPS."""
+        return self.proxy.https_port
+
+    @property
     def open_streams(self) -> int:
         """How many connections, to clients and to targets, it has open now."""
         return len(self._poller)
@@ -210,6 +215,7 @@ class Command:
         errors: What it wrote to standard error.
         directory: Its HOME and XDG_RUNTIME_DIR.
         port: Where it serves HTTP.
+        https_port: Where it serves HTTPS.
     """
 
     def __init__(self, process: trio.Process, directory: Path) -> None:
@@ -219,6 +225,7 @@ class Command:
         self.errors = b""
         self.errors_ended = trio.Event()
         self.port = 0
+        self.https_port = 0
 
     @property
     def pid(self) -> int:
@@ -307,7 +314,8 @@ async def open_command(
 
     Args:
         directory: Its HOME and XDG_RUNTIME_DIR.
-        arguments: Further arguments of ``run``; ``--http-port 0`` is there already.
+        arguments: Further arguments of ``run``; ``--http-port 0`` and ``--https-port 0`` are there
+            already.
         wrapper: A command that the proxy is started through.
         variables: Further variables of its environment.
         read_output: Whether to go on reading its log once it has started.
@@ -315,7 +323,7 @@ async def open_command(
             process itself says no.
     """
     process = await trio.lowlevel.open_process(
-        [*wrapper, *command_line("run", "--http-port", "0", *arguments)],
+        [*wrapper, *command_line("run", "--http-port", "0", "--https-port", "0", *arguments)],
         env=environment(directory, variables),
         stdout=PIPE,
         stderr=PIPE,
@@ -351,6 +359,7 @@ async def _wait_started(command: Command) -> int:
     except AssertionError as error:
         await command.errors_ended.wait()
         raise AssertionError(f"the command did not start: {command.errors.decode()}") from error
+    command.https_port = started["https"]
     port: int = started["http"]
     return port
 

@@ -108,9 +108,12 @@ class Wire:
             data = bytes(self._unread)
             self._unread.clear()
             return data
-        data = await self.sock.recv(65536)
+        data = await self._receive()
         self.received += data
         return data
+
+    async def _receive(self) -> bytes:
+        return await self.sock.recv(65536)
 
     async def receive_until(self, end: bytes) -> bytes:
         """Return everything up to and including ``end``."""

@@ -21,10 +21,11 @@ LAYERS = [
     {"options", "udp.options", "json_format"},
     {"balancer", "health", "control.messages", "state_format"},
     {"state", "sockets", "control.client", "probing"},
-    {"deployment", "listeners"},
+    {"deployment", "listeners", "tls"},
     {"service"},
     {"router"},
-    {"reports", "restoring", "http"},
+    {"certificates"},
+    {"http", "reports", "restoring"},
     {"services", "udp"},
     {"all_services"},
     # The admin API and the metrics are served by the project's own HTTP codec.
@@ -42,12 +43,18 @@ PURE = {
     "durations",
     "errors",
     "health",
+    "http.client_side",
     "http.codec",
     "http.cookies",
     "http.forwarded",
+    "http.h2_fields",
+    "http.h2_frames",
+    "http.h2_guard",
+    "http.h3_codec",
     "http.headers",
     "http.markup",
     "http.pages",
+    "http.stream_heads",
     "http.templates",
     "http.websocket",
     "json_format",
@@ -58,6 +65,8 @@ PURE = {
     "router",
     "rules",
     "state_format",
+    "tls.hello",
+    "tls.schedule",
     "udp.affinity",
     "udp.drains",
     "udp.ice",
@@ -85,7 +94,7 @@ MODULES = modules()
 
 def room(name: str) -> str:
     """Return the part of a module's name that the layers speak of."""
-    if name.startswith(("http", "cli", "udp")) and name != "udp.options":
+    if name.startswith(("http", "cli", "tls", "udp")) and name != "udp.options":
         return name.split(".")[0]
     return name
 
@@ -186,13 +195,8 @@ def test_every_module_says_what_it_owns(name: str) -> None:
     assert not name.split(".")[-1].startswith(("util", "helper"))
 
 
-@pytest.mark.parametrize("module", ["kamal_proxy", "kamal_proxy.cli", "kamal_proxy.cli.commands"])
-def test_a_command_starts_without_the_server(module: str) -> None:
-    script = (
-        f"import sys, {module}\n"
-        "server = {'trio', 'h11', 'kamal_proxy.proxy', 'kamal_proxy.http'}\n"
-        "print(*sorted(server & set(sys.modules)))"
-    )
+def run(script: str) -> str:
+    """Return what a script prints in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -200,4 +204,34 @@ def test_a_command_starts_without_the_server(module: str) -> None:
         check=True,
         cwd=ROOT.parent,
     )
-    assert done.stdout.strip() == ""
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["kamal_proxy", "kamal_proxy.cli", "kamal_proxy.cli.commands", "kamal_proxy.control.client"],
+)
+def test_a_command_starts_without_the_server(module: str) -> None:
+    script = (
+        f"import sys, {module}\n"
+        "server = {'trio', 'h11', 'h2', 'cryptography', 'acme', 'requests',\n"
+        "          'kamal_proxy.proxy', 'kamal_proxy.http', 'kamal_proxy.tls'}\n"
+        "print(*sorted(server & set(sys.modules)))"
+    )
+    assert run(script) == ""
+
+
+def test_a_proxy_without_http3_needs_no_aioquic() -> None:
+    """It is an extra: who has not installed it must be able to load everything else."""
+    others = [
+        f"kamal_proxy.{name}"
+        for name in MODULES
+        if name and not name.startswith(("http.h3_", "__main__"))
+    ]
+    script = (
+        "import importlib, sys\n"
+        "sys.modules.update(dict.fromkeys(['aioquic', 'pylsqpack']))\n"
+        f"for name in {others}: importlib.import_module(name)\n"
+        "print('loaded')"
+    )
+    assert run(script) == "loaded"

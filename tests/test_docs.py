@@ -12,16 +12,21 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 import trio
 
 from kamal_proxy._fastpath import DROP_REASONS, END_REASONS
 from kamal_proxy.cli.arguments import scan
 from kamal_proxy.cli.commands import find_command
+from kamal_proxy.control.api import _STATUS as STATUSES
+from kamal_proxy.control.messages import CertificateDescription, ServiceDescription
 from kamal_proxy.errors import NotSupportedYetError
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.metrics import Metrics
+from kamal_proxy.options import DeployOptions
 from kamal_proxy.udp.metrics import UdpMetrics
+from kamal_proxy.udp.options import UdpDeployOptions
 from tests.examples import FENCED, Example, examples_in
 from tests.running import ROOT, Command, Embedded, open_instance
 
@@ -76,6 +81,44 @@ async def check(example: Example, path: Path, actual: dict[str, str]) -> None:
 
     assert (done.returncode, done.stderr.decode()) == (0, example.comment), example.command
     assert comparable(output.splitlines()) == comparable(example.output), example.command
+
+
+def fields_of(options: type, prefix: str = "") -> set[str]:
+    """Return the paths of all fields of a class of options, as JSON has them."""
+    found: set[str] = set()
+    for field in attrs.fields(attrs.resolve_types(options)):
+        if attrs.has(field.type):
+            found |= fields_of(field.type, f"{prefix}{field.name}.")
+        else:
+            found.add(prefix + field.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("heading", "options", "elsewhere"),
+    [
+        ("Deploy", DeployOptions, {"service"}),
+        ("Deploy a UDP service", UdpDeployOptions, {"service"}),
+        ("List", ServiceDescription, set()),
+        ("Certificates", CertificateDescription, set()),
+    ],
+    ids=["deploy", "deploy-udp", "list", "certificates"],
+)
+def test_every_field_is_on_the_page(heading: str, options: type, elsewhere: set[str]) -> None:
+    text = section("admin-api.md", heading).rpartition("| Field |")[2]
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert listed == fields_of(options) - elsewhere
+
+
+def test_the_codes_of_errors_are_those_of_the_page() -> None:
+    text = section("admin-api.md", "Errors")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.MULTILINE))
+    # It is told as an invalid option where it belongs to one.
+    told = {code: status for code, status in STATUSES.items() if code != "invalid_duration"}
+    for code, status in told.items():
+        assert rows[code].partition(",")[0] == str(status), code
+    assert set(rows) - {"code"} == {*told, "bad_request", "certificate_store", "deploy_failed"}
 
 
 # --- links ---------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from kamal_proxy import (
     StateError,
     open_proxy,
 )
-from kamal_proxy.errors import ControlSocketError, NotSupportedYetError, ShuttingDownError
+from kamal_proxy.errors import ControlSocketError, ShuttingDownError
 from tests.running import ROOT, Lines
 from tests.scripted import (
     TIME_LIMIT,
@@ -150,6 +150,8 @@ async def test_without_a_log_lines_go_to_the_standard_library(
             pass
 
     messages = [json.loads(message)["msg"] for message in caplog.messages]
+    if messages[0].startswith("Fewer client connections"):
+        del messages[0]  # where the limit of open files is low
     assert (messages[0], messages[-1]) == ("Server started", "Server stopped")
 
 
@@ -246,7 +248,7 @@ async def test_other_errors_of_the_start(directory: Path) -> None:
     (directory / "file").touch()
     for options, error in (
         (RunOptions(http_port=70_000), InvalidOptionsError),
-        (RunOptions(http3=True), NotSupportedYetError),
+        (RunOptions(http3=True), InvalidOptionsError),
         (attrs.evolve(RUN, data_directory=directory), StateError),
         (attrs.evolve(RUN, socket_path=directory / "file"), ControlSocketError),
         (attrs.evolve(RUN, bind="no such host"), InvalidOptionsError),

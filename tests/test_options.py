@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kamal_proxy.errors import InvalidOptionsError, NotSupportedYetError
+from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.options import (
-    NOT_SUPPORTED_YET,
+    AcmeOptions,
     DeploymentOptions,
     DeployOptions,
     HealthCheckOptions,
@@ -18,8 +18,8 @@ from kamal_proxy.options import (
     TargetOptions,
     default_data_directory,
     default_socket_path,
+    split_scheme,
     split_target,
-    unsupported_flags,
 )
 
 
@@ -48,7 +48,7 @@ def test_targets(target: str, parts: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["", "x", "x:80", ":80", "-web:80", "web:", "web:80:80", "web:http", "http://web", "web/x",
+    ["", "x", "x:80", ":80", "-web:80", "web:", "web:80:80", "web:http", "web/x",
      "[::1]:80", "::1", "wéb:80", "web:80\n", "web:٨٠", "user@web", "web 80"],
 )  # fmt: skip
 def test_texts_that_are_no_targets(target: str) -> None:
@@ -57,6 +57,46 @@ def test_texts_that_are_no_targets(target: str) -> None:
         DeployOptions(service="app", targets=("web",), read_targets=(target,)),
     ):
         assert refusal(options) == f"{target} :invalid host pattern"
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("web:3000", ("http", "web", 3000)),
+        ("h2c://web:3000", ("h2c", "web", 3000)),
+        ("h2c://10.0.0.1", ("h2c", "10.0.0.1", 80)),
+    ],
+)
+def test_what_is_spoken_with_a_target(target: str, parts: tuple[str, str, int]) -> None:
+    DeployOptions(service="app", targets=(target,), read_targets=(target,)).validate()
+    assert (split_scheme(target)[0], *split_target(target)) == parts
+
+
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("http://web:1", "give web:1 without a scheme, or h2c://web:1 for HTTP/2"),
+        ("https://web:1", "targets are reached without TLS; give web:1 for HTTP/1.1, or "
+         "h2c://web:1 for HTTP/2"),
+        ("h2://web:1", "targets are reached without TLS; give web:1 for HTTP/1.1, or "
+         "h2c://web:1 for HTTP/2"),
+        ("grpc://web:1", "give h2c://web:1 for gRPC and HTTP/2"),
+        ("H2C://web:1", "give h2c://web:1 for gRPC and HTTP/2"),
+        ("tcp://web:1", "no scheme but h2c:// is known; give web:1 for HTTP/1.1"),
+    ],
+)  # fmt: skip
+def test_schemes_that_are_none(target: str, advice: str) -> None:
+    for options in (
+        DeployOptions(service="app", targets=(target,)),
+        DeployOptions(service="app", targets=("web",), read_targets=(target,)),
+    ):
+        assert refusal(options) == f"target {target}: {advice}"
+
+
+@pytest.mark.parametrize("target", ["h2c://", "h2c://x", "h2c://web:", "h2c://web/", "h2c:web:1"])
+def test_no_targets_behind_a_scheme(target: str) -> None:
+    options = DeployOptions(service="app", targets=(target,))
+    assert refusal(options) == f"{target} :invalid host pattern"
 
 
 @pytest.mark.parametrize("port", ["0", "000", "65536", "99999999999999999999"])
@@ -241,6 +281,12 @@ PREFIX = "service options invalid: "
          PREFIX + "cannot set a canonical host when using a TLS on-demand URL"),
         ({"tls_enabled": True, "tls_on_demand_url": "ftp://x"},
          PREFIX + "TLS on-demand URL 'ftp://x' must be an absolute http(s) URL or a path"),
+        ({"tls_client_ca_path": "/ca.pem", "hosts": ("a",)},
+         PREFIX + "TLS must be enabled to ask clients for certificates"),
+        ({"tls_enabled": True, "hosts": ("a",), "tls_client_ca_path": "/ca.pem",
+          "tls_redirect": False},
+         PREFIX + "clients could avoid their certificates over plain HTTP; leave out "
+         "--tls-redirect=false or --tls-client-ca"),
         ({"hosts": ("a", "b"), "canonical_host": "c"},
          PREFIX + "canonical-host 'c' must be present in the hosts list: [a b]"),
     ],
@@ -257,48 +303,13 @@ def test_contradictions(fields: dict[str, Any], message: str) -> None:
          "tls_private_key_path": "k"},
         {"tls_enabled": True, "tls_on_demand_url": "https://ask.example/ok?x=1"},
         {"tls_enabled": True, "tls_on_demand_url": "/ask"},
+        {"tls_enabled": True, "tls_on_demand_url": "/ask", "tls_client_ca_path": "/ca.pem"},
+        {"tls_enabled": True, "hosts": ("a",), "tls_client_ca_path": "/ca.pem"},
         {"canonical_host": "anything"},
     ],
 )  # fmt: skip
 def test_no_contradictions(fields: dict[str, Any]) -> None:
     ServiceOptions(**fields).validate()
-
-
-UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
-    ("tls", {"service_options": ServiceOptions(tls_enabled=True, hosts=("a",))}),
-    ("tls-certificate-path", {"service_options": ServiceOptions(tls_certificate_path="c")}),
-    ("tls-private-key-path", {"service_options": ServiceOptions(tls_private_key_path="k")}),
-    ("tls-staging", {"service_options": ServiceOptions(acme_directory="https://x")}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("flag", "fields"), UNSUPPORTED)
-def test_what_is_still_to_come_is_refused_by_name(flag: str, fields: dict[str, Any]) -> None:
-    options = DeployOptions(service="app", targets=("web",), **fields)
-    with pytest.raises(NotSupportedYetError) as caught:
-        options.validate()
-    assert str(caught.value) == f"--{flag} is not supported yet by this version of kamal-proxy"
-    assert flag in NOT_SUPPORTED_YET
-
-
-def test_every_unsupported_flag_is_tried() -> None:
-    tried = {flag for flag, _ in UNSUPPORTED}
-    assert NOT_SUPPORTED_YET - tried == {"http3", "tls-on-demand-url"}
-
-
-def test_defaults_ask_for_nothing_unsupported() -> None:
-    assert list(unsupported_flags(ServiceOptions())) == []
-    assert list(unsupported_flags(ServiceOptions(acme_cache_path="/x", tls_redirect=False))) == []
-
-
-def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
-    options = DeployOptions(
-        service="app",
-        targets=("web",),
-        service_options=ServiceOptions(hosts=("a",), tls_enabled=True),
-        target_options=TargetOptions(response_timeout=-1.0),
-    )
-    assert refusal(options) == "target-timeout must not be negative"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +341,7 @@ def test_an_invalid_value_is_told_before_an_unsupported_one() -> None:
             "proxy-protocol-from '10.0.0.1/8' is not a network (such as 192.0.2.0/24 or "
             "2001:db8::/32); clear the bits after the prefix",
         ),
-        ({"http3": True}, "--http3 is not supported yet by this version of kamal-proxy"),
+        ({"http3": True}, "http3 needs an https-port"),
     ],
 )
 def test_run_options(fields: dict[str, Any], message: str) -> None:
@@ -377,3 +388,83 @@ def test_places(
         monkeypatch.setenv(name, value)
     assert default_data_directory() == Path(data)
     assert default_socket_path() == Path(socket)
+
+
+def test_an_https_port_may_be_left_out_or_chosen_by_the_kernel() -> None:
+    for port in (None, 0, 443):
+        RunOptions(https_port=port).validate()
+    RunOptions(https_port=0, http3=True).validate()
+
+
+SECRET = "c2VjcmV0c2VjcmV0c2VjcmV0"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(
+            (
+                {"directory": directory},
+                f"acme-directory '{directory}' must be an https URL, such as "
+                "https://ca.example.com/acme/directory",
+            )
+            for directory in ("ca.test", "http://ca.test/d", "https://", "https://ca.test/ d",
+                              "https://me@ca.test/d", "https://ca.test/d#x", "https://ca.test?d")
+        ),
+        *(
+            (
+                {"email": email},
+                f"acme-email '{email}' must be one address, such as ops@example.com",
+            )
+            for email in ("ops", "@a.test", "a@b@c", "a@b.test,c@d.test", "Ops <a@b.test>", "a @b")
+        ),
+        (
+            {"eab_key_id": "k"},
+            "acme-eab-kid and acme-eab-hmac-key go together; acme-eab-hmac-key is missing",
+        ),
+        (
+            {"eab_hmac_key": SECRET},
+            "acme-eab-kid and acme-eab-hmac-key go together; acme-eab-kid is missing",
+        ),
+        *(
+            (
+                {"eab_key_id": "k", "eab_hmac_key": key},
+                "acme-eab-hmac-key must be base64url, as the certificate authority shows it",
+            )
+            for key in ("short", SECRET[:-1] + "+", SECRET + "===", SECRET + " ")
+        ),
+        (
+            {"ca_file": "/ca.pem"},
+            "acme-ca-file is of no use without acme-directory: Let's Encrypt is verified as any "
+            "web site is",
+        ),
+    ],
+)  # fmt: skip
+def test_authorities_that_cannot_be_used(fields: dict[str, Any], message: str) -> None:
+    assert refusal(AcmeOptions(**fields)) == message
+    assert refusal(RunOptions(acme=AcmeOptions(**fields))) == message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"directory": "https://ca.test"},
+        {"directory": "https://[::1]:14000/dir?x=1", "ca_file": "/ca.pem"},
+        {"email": "a.b+c@d.test", "eab_key_id": "k", "eab_hmac_key": SECRET},
+        {"eab_key_id": "k", "eab_hmac_key": SECRET + "=="},
+    ],
+)
+def test_authorities(fields: dict[str, Any]) -> None:
+    RunOptions(acme=AcmeOptions(**fields)).validate()
+
+
+def test_the_secret_of_an_account_is_not_shown() -> None:
+    options = RunOptions(acme=AcmeOptions(eab_key_id="the-id", eab_hmac_key=SECRET))
+    assert "the-id" in repr(options)
+    assert SECRET not in repr(options)
+
+
+def test_certificates_are_kept_in_the_data_directory() -> None:
+    assert RunOptions().certificates_path is None
+    assert RunOptions(data_directory=Path("/d")).certificates_path == Path("/d/certs")

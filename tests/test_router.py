@@ -12,6 +12,7 @@ from kamal_proxy.errors import HostConflictError
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Service
+from kamal_proxy.tls.files import TlsFiles
 from tests.reference import routing
 
 if TYPE_CHECKING:
@@ -28,13 +29,15 @@ def service(
     tls: bool = False,
     redirect: bool = True,
 ) -> Service:
+    options = ServiceOptions(
+        hosts=hosts, path_prefixes=prefixes, tls_enabled=tls, tls_redirect=redirect
+    )
     return Service(
         name=name,
-        options=ServiceOptions(
-            hosts=hosts, path_prefixes=prefixes, tls_enabled=tls, tls_redirect=redirect
-        ),
+        options=options,
         target_options=TargetOptions(),
         active=NO_DEPLOYMENT,
+        tls=TlsFiles(options) if tls else None,
     )
 
 
@@ -183,9 +186,21 @@ def test_tls_is_inherited_from_the_root_service(root: Service, inherits: tuple[b
         got = table(*order).get("leaf")
         assert got is not None
         assert (got.options.tls_enabled, got.options.tls_redirect) == inherits
+        assert got.tls is (root.tls if inherits[0] else None)
         alone = table(*order).without_service("root").get("leaf")
         assert alone is not None
         assert (alone.options.tls_enabled, alone.options.tls_redirect) == (False, True)
+        assert alone.tls is None
+
+
+def test_a_redeployed_root_passes_on_its_new_files() -> None:
+    """Also where no option of what is under it changes by that."""
+    leaf = service("leaf", ("a.test",), ("/api",))
+    routes = table(service("root", ("a.test",), tls=True), leaf)
+    again = service("root", ("a.test",), tls=True)
+    got = routes.with_service(again).get("leaf")
+    assert got is not None
+    assert got.tls is again.tls is not None
 
 
 def test_what_is_inherited_reaches_requests() -> None:
@@ -194,6 +209,47 @@ def test_what_is_inherited_reaches_requests() -> None:
     assert match is not None
     assert match[0].options.tls_enabled
     assert match[0] is routes.get("leaf")
+
+
+SECURE = table(
+    service("plain", ("a.test", "plain.test")),
+    service("first", ("b.test",), tls=True),
+    service("api", ("b.test", "c.test"), ("/api",)),
+    service("wild", ("*.test",), tls=True),
+    service("exact", ("x.wild.test",)),
+    service("deeper", ("*.wild.test",), tls=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("b.test", "first"),  # and not what is under a path of it
+        ("any.test", "wild"),
+        ("y.wild.test", "deeper"),
+        ("", "first"),
+        # A host that is claimed answers alone, with TLS or without.
+        ("a.test", None),
+        ("plain.test", None),
+        ("x.wild.test", None),
+        ("c.test", None),
+        ("test", None),
+        ("x.y.wild.test", None),
+    ],
+)
+def test_who_has_the_tls_settings_of_a_host(host: str, name: str | None) -> None:
+    found = SECURE.secure(host)
+    assert (found and found.name) == name
+
+
+def test_no_name_without_tls() -> None:
+    assert RoutingTable().secure("") is None
+    assert table(service("a", ("a.test",))).secure("") is None
+    for_all = table(service("all", tls=True))
+    for host in ("", "a.test", "192.0.2.1"):
+        chosen = for_all.secure(host)
+        assert chosen is not None
+        assert chosen.name == "all"
 
 
 LABELS = st.sampled_from(["a", "b"])

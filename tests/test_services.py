@@ -15,10 +15,10 @@ from kamal_proxy import state_format
 from kamal_proxy.control.messages import Event, ServiceDescription
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
+    CertificateError,
     DeployFailedError,
     HostConflictError,
     InvalidOptionsError,
-    NotSupportedYetError,
     ServiceNotFoundError,
     ShuttingDownError,
     StateError,
@@ -210,9 +210,16 @@ async def test_bad_options_change_nothing(tmp_path: Path, autojump_clock: MockCl
         ):
             with pytest.raises(InvalidOptionsError):
                 await room.services.deploy(options)
-        tls = ServiceOptions(hosts=("a.test",), tls_enabled=True)
-        with pytest.raises(NotSupportedYetError, match="--tls"):
+        missing = str(tmp_path / "missing.pem")
+        tls = ServiceOptions(
+            hosts=("a.test",),
+            tls_enabled=True,
+            tls_certificate_path=missing,
+            tls_private_key_path=missing,
+        )
+        with pytest.raises(CertificateError) as caught:
             await room.services.deploy(attrs.evolve(request("app"), service_options=tls))
+        assert missing in caught.value.details[0]
         assert room.serving == {}
         assert room.probes.times == {}
 
@@ -392,6 +399,9 @@ async def test_before_the_start_there_is_nothing_to_change() -> None:
         probe=Probes(),
         connect=Connections,
         load_pages=load_error_pages,
+        https=True,
+        check_tls=lambda options: None,
+        on_routes=lambda routes: None,
         metrics=Metrics(),
     )
     with pytest.raises(ShuttingDownError):
@@ -408,6 +418,9 @@ async def test_without_a_state_file(autojump_clock: MockClock) -> None:
         probe=Probes(),
         connect=Connections,
         load_pages=load_error_pages,
+        https=True,
+        check_tls=lambda options: None,
+        on_routes=lambda routes: None,
         metrics=Metrics(),
     )
     assert services.restore() == []
@@ -443,7 +456,7 @@ async def test_nothing_to_restore(tmp_path: Path, autojump_clock: MockClock) -> 
         assert room.lines.of("No previous state to restore") == [{"path": str(room.state.path)}]
 
 
-async def test_restored_services_warn_about_what_they_do_without(
+async def test_restored_services_keep_what_they_do_not_use_now(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     await save(
@@ -458,9 +471,6 @@ async def test_restored_services_warn_about_what_they_do_without(
         ),
     )
     async with open_room(tmp_path) as room:
-        message = "Service is served without --tls: not supported yet by this version"
-        assert room.lines.of(message) == [{"service": "app"}]
-        assert len(room.lines.messages) == 2
         await room.deploy("other", "v1")
         (entry, _) = json.loads(room.state.path.read_bytes())
         assert entry["active_readers"] == ["r1"]

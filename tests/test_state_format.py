@@ -220,6 +220,24 @@ def test_unknown_keys_survive_at_every_level() -> None:
     assert written["rollout_controller"] is None
 
 
+def test_options_that_only_this_proxy_has_are_written_only_if_they_say_something() -> None:
+    """A state file that moves on to the Go proxy is as that would write it."""
+    said = SavedService(
+        name="app",
+        service_options=ServiceOptions(
+            hosts=("a.test",), tls_enabled=True, tls_client_ca_path="/ca.pem"
+        ),
+        target_options=TargetOptions(forward_headers=False, websocket_idle_timeout=3600.0),
+    )
+    (written,) = json.loads(encode([said]))
+    assert written["options"]["tls_client_ca_path"] == "/ca.pem"
+    assert written["target_options"]["websocket_idle_timeout"] == 3600 * 10**9
+    assert decode(encode([said])) == (said,)
+    (silent,) = json.loads(encode([SavedService(name="app")]))
+    assert "tls_client_ca_path" not in silent["options"]
+    assert not {"path_timeouts", "websocket_idle_timeout"} & set(silent["target_options"])
+
+
 @pytest.mark.parametrize("tls", [True, False])
 def test_forward_headers_is_resolved_when_written(tls: bool) -> None:
     service = SavedService(name="app", service_options=ServiceOptions(tls_enabled=tls))
@@ -305,7 +323,10 @@ WRONG = [
         b'[{"name": "a", "target_options": {"max_request_body_size": 9223372036854775808}}]',
         "target_options.max_request_body_size does not fit into 64 bits",
     ),
-    (b'[{"name": "a", "active_targets": ["http://b"]}]', "active_targets[0]: http://b :invalid"),
+    (
+        b'[{"name": "a", "active_targets": ["http://b"]}]',
+        "active_targets[0]: target http://b: give",
+    ),
     (b'[{"name": "a", "active_target": "b/c"}]', "service 'a': active_target[0]: b/c :invalid"),
     (b'[{"name": "a", "pause_controller": {"state": 3}}]', "pause_controller.state must be 0, 1"),
     (b'[{"name": "a", "pause_controller": {"state": -1}}]', "pause_controller.state must be 0, 1"),
@@ -363,7 +384,7 @@ limits = st.integers(0, 2**63 - 1)
 seconds = st.integers(0, 10**15).map(lambda nanoseconds: nanoseconds / 10**9)
 more_seconds = st.integers(1, 10**15).map(lambda nanoseconds: nanoseconds / 10**9)
 targets = st.lists(
-    st.from_regex(r"[A-Za-z0-9_][-_.A-Za-z0-9+]{1,20}(:80)?", fullmatch=True), max_size=3
+    st.from_regex(r"(h2c://)?[A-Za-z0-9_][-_.A-Za-z0-9+]{1,20}(:80)?", fullmatch=True), max_size=3
 ).map(tuple)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
@@ -391,6 +412,7 @@ services = st.builds(
         read_targets_accept_websockets=st.booleans(),
         exclude_metrics_paths=lists,
         client_ip_header=texts,
+        tls_client_ca_path=texts,
     ),
     target_options=st.builds(
         TargetOptions,
@@ -453,10 +475,11 @@ def test_the_strategy_states_every_option() -> None:
     """An option added later must be added to the format and to the strategy above."""
     (written,) = json.loads(encode([SavedService(name="app")]))
     service_options = {field.name for field in attrs.fields(ServiceOptions)}
-    own = {"path_timeouts", "websocket_idle_timeout"}  # written only if they say something
+    # Written only if they say something.
+    own = {"path_timeouts", "websocket_idle_timeout", "tls_client_ca_path"}
     target_options = {field.name for field in attrs.fields(TargetOptions)} - {"health_check"} - own
     health_check = {field.name for field in attrs.fields(HealthCheckOptions)}
-    assert set(written["options"]) == service_options
+    assert set(written["options"]) == service_options - own
     assert set(written["target_options"]) == target_options | {"health_check_config"}
     assert set(written["target_options"]["health_check_config"]) == health_check
 

@@ -118,6 +118,16 @@ COMMANDS = (
     Command("rollout deploy", "kamal_proxy.cli.rollout:deploy", "<service>"),
     Command("rollout set", "kamal_proxy.cli.rollout:set_split", "<service>"),
     Command("rollout stop", "kamal_proxy.cli.rollout:stop", "<service>"),
+    Command(
+        "certs",
+        usage="[command]",
+        about="""Look after the certificates of services with TLS.
+
+        Those that are obtained from a certificate authority are renewed in time by themselves;
+        'certs list' says when, and what stands in the way.""",
+    ),
+    Command("certs list", "kamal_proxy.cli.certs:list_certificates", aliases=("ls",)),
+    Command("certs renew", "kamal_proxy.cli.certs:renew", "<host>"),
     Command("help", "kamal_proxy.cli.help:help_command", "[command]"),
 )
 

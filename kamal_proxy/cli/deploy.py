@@ -95,6 +95,9 @@ def deploy(
             "data directory)"
         ),
     ] = None,
+    tls_client_ca: Annotated[
+        Text, Parameter(help="File with the CA certificates (PEM) that clients' must be signed by")
+    ] = _SERVICE.tls_client_ca_path,
     tls_redirect: Annotated[
         Bool, Parameter(help="Redirect HTTP requests of a TLS service to HTTPS")
     ] = _SERVICE.tls_redirect,
@@ -203,6 +206,7 @@ def deploy(
         tls_private_key_path=tls_private_key_path or "",
         tls_on_demand_url=tls_on_demand_url,
         tls_redirect=tls_redirect,
+        tls_client_ca_path=tls_client_ca,
         canonical_host=canonical_host,
         acme_directory=ACME_STAGING_DIRECTORY if tls_staging else _SERVICE.acme_directory,
         acme_cache_path=_cache_path() if tls_acme_cache_path is None else tls_acme_cache_path,

@@ -15,7 +15,6 @@ from kamal_proxy.cli.arguments import PROGRAM, Flag
 from kamal_proxy.cli.commands import ROOT, Command, find_command
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import UsageError
-from kamal_proxy.options import NOT_SUPPORTED_YET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -100,8 +99,6 @@ def _flag_text(flag: Flag) -> str:
     text = flag.help
     if default := _default(flag):
         text += f" (default {default})"
-    if flag.name in NOT_SUPPORTED_YET:
-        text += " [not supported yet]"
     return text
 
 

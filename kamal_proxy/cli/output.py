@@ -48,12 +48,12 @@ def print_error(error: KamalProxyError) -> None:
     if sys.stderr is None:
         return
     for line in error.details:
-        sys.stderr.write(f"{_printable(line)}\n")
+        sys.stderr.write(f"{printable(line)}\n")
     sys.stderr.write(f"Error: {error}\n")
     sys.stderr.flush()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape control characters; what a target answered must not steer the terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -134,7 +134,7 @@ class Progress:
     def _rewrite(self, label: str, text: str) -> None:
         if self._stream is None or not self._rewrites:
             return
-        line = f"{label:<{_LABEL}}{_printable(text)}"
+        line = f"{label:<{_LABEL}}{printable(text)}"
         self._stream.write(_CLEAR_LINE + line[: self._columns() - 1])
         self._stream.flush()
         self._line_open = True

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from kamal_proxy.cli.arguments import (
+    BOOL,
     DURATION,
     INT,
     STRINGS,
@@ -28,11 +29,18 @@ from kamal_proxy.cli.arguments import (
 )
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import InvalidOptionsError, KamalProxyError
-from kamal_proxy.options import RunOptions, default_data_directory, default_socket_path
+from kamal_proxy.options import (
+    HTTPS_PORT,
+    AcmeOptions,
+    RunOptions,
+    default_data_directory,
+    default_socket_path,
+)
 
 T = TypeVar("T")
 
 _DEFAULTS = RunOptions()
+_ACME = AcmeOptions()
 
 
 def run(
@@ -46,7 +54,9 @@ def run(
     ] = None,
     https_port: Annotated[
         Int | None,
-        Parameter(help="Port for HTTPS; from $HTTPS_PORT if not given, and 443 without that"),
+        Parameter(
+            help=f"Port for HTTPS; from $HTTPS_PORT if not given, and {HTTPS_PORT} without that"
+        ),
     ] = None,
     metrics_port: Annotated[
         Int | None,
@@ -59,7 +69,9 @@ def run(
             f"{_DEFAULTS.udp_port} without that"
         ),
     ] = None,
-    http3: Annotated[Bool, Parameter(help="Serve HTTP/3 on the HTTPS port")] = False,
+    http3: Annotated[
+        Bool | None, Parameter(help="Serve HTTP/3 too, on the UDP port of the same number as HTTPS")
+    ] = None,
     bind: Annotated[
         Strings | None, Parameter(help="Address to listen on; all if none (repeatable)")
     ] = None,
@@ -137,23 +149,49 @@ def run(
         Text | None,
         Parameter(help="Directory for buffered bodies (default: the system's for temporary files)"),
     ] = None,
+    acme_directory: Annotated[
+        Text | None,
+        Parameter(
+            help="URL of the certificate authority's ACME directory (default: Let's Encrypt's)"
+        ),
+    ] = None,
+    acme_email: Annotated[
+        Text | None, Parameter(help="Address that the certificate authority may write to")
+    ] = None,
+    acme_eab_kid: Annotated[
+        Text | None,
+        Parameter(help="Key identifier of your account outside of ACME, if the authority wants it"),
+    ] = None,
+    acme_eab_hmac_key: Annotated[
+        Text | None,
+        Parameter(help="The secret that belongs to it; better in the environment than here"),
+    ] = None,
+    acme_ca_file: Annotated[
+        Text | None,
+        Parameter(help="File with CA certificates (PEM) for an authority of your own"),
+    ] = None,
 ) -> None:
     """Run the proxy.
 
     It serves until it gets SIGTERM or SIGINT, then lets requests in flight finish.
 
-    Each flag but --http3 can also be set by a variable of the environment, such as
-    KAMAL_PROXY_HEAD_TIMEOUT for --head-timeout; the flag is preferred. Lists are separated by
-    commas there. $DEBUG and the ports also have their names without KAMAL_PROXY_.
+    Each flag can also be set by a variable of the environment, such as KAMAL_PROXY_HEAD_TIMEOUT for
+    --head-timeout; the flag is preferred. Lists are separated by commas there. $DEBUG and the ports
+    also have their names without KAMAL_PROXY_.
     """
+
+    def acme(field: str, given: str | None, variable: str = "") -> str:
+        text: str = _setting(field, TEXT, given, variable or f"ACME_{field.upper()}", _ACME)
+        return text
+
     directory = _setting("spill_directory", TEXT, spill_directory)
     options = RunOptions(
         debug=_environment("DEBUG", parse_bool, _DEFAULTS.debug) if debug is None else debug,
         http_port=_port("HTTP_PORT", http_port, _DEFAULTS.http_port),
-        https_port=_port("HTTPS_PORT", https_port, _DEFAULTS.https_port),
+        https_port=_port("HTTPS_PORT", https_port, HTTPS_PORT),
         metrics_port=_port("METRICS_PORT", metrics_port, _DEFAULTS.metrics_port),
         udp_port=_port("UDP_PORT", udp_port, _DEFAULTS.udp_port),
-        http3=http3,
+        http3=_setting("http3", BOOL, http3),
         data_directory=default_data_directory(),
         socket_path=default_socket_path(),
         bind=_setting("bind", STRINGS, bind),
@@ -169,6 +207,13 @@ def run(
         max_spill=_setting("max_spill", INT, max_spill),
         max_buffer_memory=_setting("max_buffer_memory", INT, max_buffer_memory),
         spill_directory=Path(directory) if directory else None,
+        acme=AcmeOptions(
+            directory=acme("directory", acme_directory),
+            email=acme("email", acme_email),
+            eab_key_id=acme("eab_key_id", acme_eab_kid, "ACME_EAB_KID"),
+            eab_hmac_key=acme("eab_hmac_key", acme_eab_hmac_key),
+            ca_file=acme("ca_file", acme_ca_file),
+        ),
     )
     options.validate()
     from kamal_proxy.process import serve
@@ -177,8 +222,17 @@ def run(
     serve(options)
 
 
-def _setting(field: str, kind: Kind, given: object, variable: str = "") -> Any:
-    """Return the value for a field of RunOptions: the one given, or its variable's, or the default.
+def _setting(
+    field: str, kind: Kind, given: object, variable: str = "", options: Any = _DEFAULTS
+) -> Any:
+    """Return the value for a field: the one given, or its variable's, or the default.
+
+    Args:
+        field: A field of ``options``.
+        kind: What it is for a value.
+        given: The value of the flag; None if it was not given.
+        variable: The variable, without KAMAL_PROXY_; by default it has the field's name.
+        options: The options at their defaults: of the proxy, or a part of them.
 
     Raises:
         InvalidOptionsError: the variable has a value that can't be used.
@@ -188,11 +242,12 @@ def _setting(field: str, kind: Kind, given: object, variable: str = "") -> Any:
     variable = f"KAMAL_PROXY_{variable or field.upper()}"
     text = os.environ.get(variable)
     if text is None:
-        return getattr(_DEFAULTS, field)
+        return getattr(options, field)
     try:
         value = kind.parse(text)
-        # On its own, so that the error can name the variable.
-        RunOptions(**{field: value}).validate()
+        if options is _DEFAULTS and field != "http3":
+            # On its own, so that the error can name the variable.
+            RunOptions(**{field: value}).validate()
     except (ValueError, KamalProxyError) as error:
         raise InvalidOptionsError(f"invalid value {quote(text)} for {variable}: {error}") from None
     return value

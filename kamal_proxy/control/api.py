@@ -20,6 +20,7 @@ from kamal_proxy import __version__
 from kamal_proxy.control.messages import (
     API_PREFIX,
     EVENT_STREAM,
+    CertificateDescription,
     Event,
     ServiceDescription,
     from_json,
@@ -55,6 +56,9 @@ _STATUS = {
     "port_conflict": 409,
     "resumed": 409,
     "rollout_not_set": 409,
+    "certificate": 422,
+    "certificate_not_found": 404,
+    "acme": 502,
     "error_pages": 422,
     "invalid_options": 422,
     "invalid_duration": 422,
@@ -110,6 +114,16 @@ class Controlled(Protocol):
         """Serve all clients from the service's own targets."""
 
 
+class ControlledCertificates(Protocol):
+    """The certificates of a proxy, which the API controls too."""
+
+    def describe(self) -> list[CertificateDescription]:
+        """Describe all certificates, sorted by host."""
+
+    async def renew(self, host: str) -> None:
+        """Obtain a new certificate for a host now."""
+
+
 class _BadRequest(KamalProxyError):
     """A request that means nothing to the API; ``headers`` go with the answer."""
 
@@ -126,12 +140,20 @@ class ControlServer:
 
     Args:
         services: What is controlled.
+        certificates: Likewise.
         operations: Nursery in which what takes long runs, whoever asked for it.
         log: Where bugs are reported.
     """
 
-    def __init__(self, services: Controlled, operations: trio.Nursery, log: Log) -> None:
+    def __init__(
+        self,
+        services: Controlled,
+        certificates: ControlledCertificates,
+        operations: trio.Nursery,
+        log: Log,
+    ) -> None:
         self._services = services
+        self._certificates = certificates
         self._operations = operations
         self._log = log
 
@@ -139,7 +161,8 @@ class ControlServer:
         """Serve one connection; never raises."""
         endpoint = Endpoint(stream, max_body=MAX_BODY, patience=REQUEST_TIMEOUT)
         try:
-            while await _Call(self._services, self._operations, self._log, endpoint).serve():
+            call = _Call(self._services, self._certificates, self._operations, self._log, endpoint)
+            while await call.serve():
                 pass
         except (trio.BrokenResourceError, trio.TooSlowError):
             return  # the client is gone
@@ -148,16 +171,18 @@ class ControlServer:
 
 
 class _Call:
-    """One request to the API and its answer."""
+    """One request to the API and its answer, and then the next."""
 
     def __init__(
         self,
         services: Controlled,
+        certificates: ControlledCertificates,
         operations: trio.Nursery,
         log: Log,
         endpoint: Endpoint,
     ) -> None:
         self._services = services
+        self._certificates = certificates
         self._operations = operations
         self._log = log
         self._endpoint = endpoint
@@ -193,6 +218,14 @@ class _Call:
     async def list_services(self, _name: str, _body: bytes) -> None:
         services = [to_json(service) for service in self._services.describe()]
         await self._answer(200, {"services": services})
+
+    async def list_certificates(self, _name: str, _body: bytes) -> None:
+        certificates = [to_json(each) for each in self._certificates.describe()]
+        await self._answer(200, {"certificates": certificates})
+
+    async def renew_certificate(self, host: str, _body: bytes) -> None:
+        await self._certificates.renew(host)
+        await self._endpoint.respond(204, [], b"")
 
     async def deploy(self, name: str, body: bytes) -> None:
         options = from_json(DeployOptions, _parse_named(name, body))
@@ -312,6 +345,8 @@ _RESOURCES: Mapping[tuple[str | None, ...], _Methods] = {
     ("services",): {"GET": _Call.list_services},
     ("services", None): {"PUT": _Call.deploy, "DELETE": _Call.remove},
     ("udp-services", None): {"PUT": _Call.deploy_udp},
+    ("certificates",): {"GET": _Call.list_certificates},
+    ("certificates", None, "renew"): {"POST": _Call.renew_certificate},
     ("services", None, "pause"): {"POST": _Call.pause},
     ("services", None, "stop"): {"POST": _Call.stop},
     ("services", None, "resume"): {"POST": _Call.resume},

@@ -18,6 +18,7 @@ from urllib.parse import quote
 from kamal_proxy.control.messages import (
     API_PREFIX,
     EVENT_STREAM,
+    CertificateDescription,
     Event,
     ServiceDescription,
     from_json,
@@ -89,6 +90,25 @@ class ControlClient:
         if not isinstance(body, dict) or not isinstance(body.get("services"), list):
             raise _malformed("the list of services is missing")
         return [_decode(ServiceDescription, item) for item in body["services"]]
+
+    def certificates(self) -> list[CertificateDescription]:
+        """Return the proxy's certificates; raises as :meth:`services` does."""
+        with self._call("GET", "/certificates") as response:
+            body = _read_json(response)
+        if not isinstance(body, dict) or not isinstance(body.get("certificates"), list):
+            raise _malformed("the list of certificates is missing")
+        return [_decode(CertificateDescription, item) for item in body["certificates"]]
+
+    def renew_certificate(self, host: str) -> None:
+        """Obtain a new certificate for a host now, and wait until it is there.
+
+        Raises:
+            CertificateNotFoundError: no certificate is obtained for that host.
+            KamalProxyError: the certificate authority refuses, or the proxy can't be reached.
+        """
+        path = f"/certificates/{quote(host, safe='', errors='surrogateescape')}/renew"
+        with self._call("POST", path, patient=True):
+            pass
 
     def remove(self, name: str) -> None:
         """Remove a service.

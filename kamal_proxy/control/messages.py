@@ -1,4 +1,4 @@
-"""What travels over the admin API: option classes as JSON, progress events, service descriptions.
+"""What travels over the admin API: option classes as JSON, progress events, descriptions.
 
 Pure data. Both sides use it, so it imports neither trio nor anything of the server. Decoding is
 strict: an unknown or ill-typed field is an error that names it, because a client that believes it
@@ -71,6 +71,38 @@ class ServiceDescription:
     tls: bool = False
     in_flight: int = 0
     draining: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class CertificateDescription:
+    """One row of ``certs list``.
+
+    Attributes:
+        host: The host that it is for; of a service's own, the first of its names.
+        names: The names in it; none if there is no certificate yet.
+        source: ``file`` for a service's own, else ``acme``.
+        state: ``valid``, ``obtaining`` (the first one), ``failing`` (the last attempt did, but the
+            certificate, if there is one, has not expired) or ``expired``.
+        issuer: Who issued it.
+        key_type: Such as ``ECDSA P-256``.
+        not_after: When it expires; like the next two in Unix seconds, and 0 for never.
+        renew_at: When it will be renewed.
+        next_attempt: When the next attempt will be made, after one that failed.
+        last_error: Why that failed, in the certificate authority's words.
+        directory: URL of the ACME directory; empty for a service's own.
+    """
+
+    host: str
+    names: tuple[str, ...] = ()
+    source: str = "acme"
+    state: str = "valid"
+    issuer: str = ""
+    key_type: str = ""
+    not_after: float = 0.0
+    renew_at: float = 0.0
+    next_attempt: float = 0.0
+    last_error: str = ""
+    directory: str = ""
 
 
 @attrs.frozen(kw_only=True)

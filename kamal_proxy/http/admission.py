@@ -17,11 +17,11 @@ from kamal_proxy.matching import decoded_path
 
 if TYPE_CHECKING:
     from kamal_proxy.http.bodies import Body
+    from kamal_proxy.http.client_side import ClientSide, Downstream
     from kamal_proxy.http.codec import RequestHead
-    from kamal_proxy.http.connection import ClientConnection
-    from kamal_proxy.http.downstream import Downstream
     from kamal_proxy.service import Service
 
+_VALIDATION = b"/.well-known/acme-challenge/"
 _PROBING = frozenset({b"GET", b"HEAD"})
 
 
@@ -40,7 +40,7 @@ class Admission:
     """
 
     __slots__ = (
-        "_connection",
+        "_client",
         "_counted",
         "_downstream",
         "_head",
@@ -53,13 +53,11 @@ class Admission:
         "upgrade",
     )
 
-    def __init__(
-        self, connection: ClientConnection, downstream: Downstream, head: RequestHead
-    ) -> None:
-        self._connection = connection
+    def __init__(self, client: ClientSide, downstream: Downstream, head: RequestHead) -> None:
+        self._client = client
         self._downstream = downstream
         self._head = head
-        self._server = connection.server
+        self._server = client.server
         self._counted = ""  # name of the service among whose requests in flight it is
         self.destination = Destination(head)
         self.upgrade = upgrade_of(head)
@@ -91,6 +89,8 @@ class Admission:
             ClientGone: the client closed or broke its connection meanwhile.
             ProtocolError: the client broke the framing of its body.
         """
+        if await self._is_validation():
+            return None
         pause_began = math.inf
         while True:
             service = self._find()
@@ -98,6 +98,7 @@ class Admission:
                 headers = [(b"Location", location)]
                 await self._downstream.answer(301, b"", headers, close=True)
                 return None
+            self._require_secure(service)
             if service.pause.state != "running":
                 if self._is_health_check(service):
                     await self._downstream.answer(200, b"", [])
@@ -112,6 +113,35 @@ class Admission:
                 await self._buffer(service)
             else:
                 return service
+
+    async def _is_validation(self) -> bool:
+        """Answer a certificate authority that asks for what only its client knows (RFC 8555 8.3).
+
+        Whatever else begins with that path is the service's business.
+        """
+        if self._server.validation is None or not self.destination.path.startswith(_VALIDATION):
+            return False
+        token = self.destination.path.removeprefix(_VALIDATION).decode("ascii", "replace")
+        answer = await self._server.validation(token)
+        if answer is None:
+            return False
+        await self._downstream.answer(200, answer, [(b"Content-Type", b"text/plain")])
+        return True
+
+    def _require_secure(self, service: Service) -> None:
+        """Refuse what came by TLS to a service that must not be reached like this."""
+        if self._server.scheme != "https":
+            return
+        if not service.options.tls_enabled:
+            raise Refusal(Reason.NOT_SECURE)
+        # The handshake may have been for another name (RFC 9110 7.4), where nobody was asked.
+        tls = service.tls
+        if (
+            tls is not None
+            and tls.asks_clients
+            and (tls.client_ca is None or self._client.client_ca != tls.client_ca)
+        ):
+            raise Refusal(Reason.MISDIRECTED)
 
     def _find(self) -> Service:
         """Look the service up in the routing table of this moment, and belong to it."""
@@ -168,7 +198,7 @@ class Admission:
         if server.waiting >= server.max_waiting:
             # The others need the rest of the connections: for services that are not paused.
             raise Refusal(Reason.PAUSE_FULL)
-        self._connection.move_deadline(math.inf, Reason.IDLE)
+        self._client.move_deadline(math.inf, Reason.IDLE)
         gone = False
 
         async def watch_client(scope: trio.CancelScope) -> None:
@@ -208,14 +238,14 @@ class Admission:
         if limit and self._head.length > limit:
             raise Refusal(Reason.REQUEST_TOO_LARGE)
         patience = self._server.options.stall_timeout
-        self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
+        self._client.move_deadline(patience, Reason.BODY_TIMEOUT)
         body = self.body = self._server.spill.open(options.max_memory_buffer_size, limit)
         try:
             await body.write(downstream.take_body_nowait())
             if not downstream.received:
                 await downstream.ask_for_body()
             while not downstream.received:
-                self._connection.move_deadline(patience, Reason.BODY_TIMEOUT)
+                self._client.move_deadline(patience, Reason.BODY_TIMEOUT)
                 await downstream.receive_body()
                 await body.write(downstream.take_body())
             await body.finish()

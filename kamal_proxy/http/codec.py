@@ -87,21 +87,29 @@ class RequestHead(_Head):
     Attributes:
         method: Method, as received.
         target: Request target, as received.
-        version: ``b"1.1"`` or ``b"1.0"``.
+        version: ``b"1.1"`` or ``b"1.0"``, or ``b"2.0"`` or ``b"3.0"`` of a multiplexed stream.
         headers: Header fields in order.
         length: Bytes of body, or ``CHUNKED``.
+        protocol: What a stream wants to speak from now on (RFC 8441 4), if not HTTP.
     """
 
-    __slots__ = ("length", "method", "target", "version")
+    __slots__ = ("length", "method", "protocol", "target", "version")
 
     def __init__(
-        self, method: bytes, target: bytes, version: bytes, headers: list[Header], length: int
+        self,
+        method: bytes,
+        target: bytes,
+        version: bytes,
+        headers: list[Header],
+        length: int,
+        protocol: bytes = b"",
     ) -> None:
         self.method = method
         self.target = target
         self.version = version
         self.headers = headers
         self.length = length
+        self.protocol = protocol
 
 
 class ResponseHead(_Head):
@@ -146,7 +154,7 @@ class _Messages:
             self.trailers = [
                 (raw, value)
                 for lower, raw, value in _headers(event.headers)
-                if _may_be_trailer(lower)
+                if may_be_trailer(lower)
             ]
         return None
 
@@ -354,19 +362,33 @@ class ClientCodec(_Messages):
         super().__init__()
         self._parser = h11.Connection(h11.CLIENT, max_head_size)
         self._closed = False  # by the target
-        self._heard = False  # something of it since the request
+        self.heard = False  # something of it since the request
+        self._sent: HeaderPairs = []  # the fields of the request
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the target; ``b""`` says that it closed its side."""
         self._closed = self._closed or not data
-        self._heard = self._heard or bool(data)
+        self.heard = self.heard or bool(data)
         super().receive_data(data)
 
-    def request(self, method: bytes, target: bytes, headers: HeaderPairs) -> bytes:
-        """Write the head of a request; ``headers`` carry its framing."""
-        self.received = self._heard = False
+    def request(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: HeaderPairs,
+        upgrade: bytes = b"",  # noqa: ARG002 - the headers say it
+    ) -> bytes:
+        """Write the head of a request; ``headers`` carry its framing, and what it switches to."""
+        self.received = self.heard = False
         self.trailers = []
+        self._sent = headers
         return self._write(h11.Request, method=method, target=target, headers=headers)
+
+    def end(self, trailers: HeaderPairs | None = None) -> bytes:
+        """Frame the end of the body to send; a body of a length has no trailers."""
+        if trailers and any(name.lower() == b"content-length" for name, _ in self._sent):
+            trailers = None  # from a client that speaks a version in which it may have both
+        return super().end(trailers)
 
     def next_response(self) -> ResponseHead | None:
         """Return the head of the next response, 1xx or final, or None when more data is needed.
@@ -380,7 +402,7 @@ class ClientCodec(_Messages):
         except ProtocolError as error:
             if not self._closed:
                 raise
-            where = "in the middle of" if self._heard else "without"
+            where = "in the middle of" if self.heard else "without"
             raise ProtocolError(f"closed {where} a response") from error
         if isinstance(event, h11.InformationalResponse | h11.Response) and (
             event.http_version not in (b"1.1", b"1.0")
@@ -436,7 +458,8 @@ def _ascii_target(data: bytes) -> bytes:
     return method + space + quote_from_bytes(target, safe=_ASCII).encode() + data[end:]
 
 
-def _may_be_trailer(name: bytes) -> bool:
+def may_be_trailer(name: bytes) -> bool:
+    """Return whether a field of this lower-case name may come after a body."""
     # Servers that turn names into variables take an underscore for a hyphen.
     name = name.replace(b"_", b"-")
     return name not in _NOT_IN_TRAILERS and not name.startswith(b"x-forwarded-")

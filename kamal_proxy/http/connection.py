@@ -1,4 +1,4 @@
-"""One client connection: requests one after another, under one cancel scope whose deadline moves.
+"""One HTTP/1.1 connection of a client: one request after another, in one scope of moving deadline.
 
 Owns the stream, the codec and the deadline. What happens to a request is the exchange's business.
 """
@@ -12,9 +12,10 @@ import trio
 from kamal_proxy.http import pages
 from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.codec import ProtocolError, RequestHead, ServerCodec, whole_response
+from kamal_proxy.http.downstream import Http1Downstream
 from kamal_proxy.http.exchange import Exchange
+from kamal_proxy.http.introduction import introduced
 from kamal_proxy.http.reasons import CLIENT_CLOSED_REQUEST, Reason
-from kamal_proxy.proxy_protocol import ProxyHeaderError, parse_untrusted
 from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
 
 
 class ClientConnection:
-    """One connection of a client.
+    """One HTTP/1.1 connection of a client: a ``client_side.ServedConnection`` and ``ClientSide``.
 
     Attributes:
         stream: Its stream.
@@ -38,6 +39,7 @@ class ClientConnection:
         scope: What everything on it happens in.
         reason: Why ``scope`` ends at its deadline, or was cancelled.
         drain: The drain of the whole proxy, once that has begun.
+        client_ca: PEM certificates by which the client's own was verified, if it was.
         ending: Whether it ends with the response that is being made.
         vouched: Whether the client is one of the trusted proxies.
         believed: Whether what it says about the hops before it is believed: of those proxies, or of
@@ -49,6 +51,7 @@ class ClientConnection:
         "_first",
         "address",
         "believed",
+        "client_ca",
         "codec",
         "drain",
         "ending",
@@ -68,6 +71,7 @@ class ClientConnection:
         self.reason = Reason.IDLE
         self.ending = False
         self.drain: Drain | None = None
+        self.client_ca = stream.client_ca
         self._exchange: Exchange | None = None
         self._first = True
 
@@ -85,6 +89,10 @@ class ClientConnection:
             and not self.codec.has_partial_head
             and self.stream.is_quiet_nowait()
         )
+
+    def downstream(self, head: RequestHead) -> Http1Downstream:
+        """Return the client during this request."""
+        return Http1Downstream(self, head)
 
     def move_deadline(self, seconds: float, reason: Reason) -> None:
         """Give what happens next that many seconds from now; ``reason`` says what their end means.
@@ -120,12 +128,13 @@ class ClientConnection:
 
     async def _serve(self) -> bool:
         """Serve requests; return whether the client may still be sending."""
-        introduced = self.address[0] not in self.server.proxy_protocol_from
+        # Inside TLS nobody introduces anybody: that came before.
+        known = self.stream.secured or self.address[0] not in self.server.proxy_protocol_from
         while True:
             with self.scope:
-                if not introduced and not await self._introduced():
+                if not known and not await self._introduced():
                     return False
-                introduced = True
+                known = True
                 # An exchange that ended while being cancelled must not take the next one with it.
                 while not self.scope.cancel_called:
                     try:
@@ -163,23 +172,12 @@ class ClientConnection:
     async def _introduced(self) -> bool:
         """Read the PROXY protocol header that this peer owes; return whether it was one."""
         self.move_deadline(self.server.options.head_timeout, Reason.IDLE)
-        data = b""
-        try:
-            while (header := parse_untrusted(data)) is None:
-                more = await self.stream.receive(_HEAD_READ_SIZE)
-                if not more:
-                    return False
-                data += more
-        except (ProxyHeaderError, trio.BrokenResourceError) as error:
-            self.server.log.warning(
-                "Connection refused: no PROXY protocol header",
-                client_addr=self.address[0],
-                error=str(error),
-            )
+        found = await introduced(self.stream, self.address, self.server.log)
+        if found is None:
             return False
-        if header.source is not None:
-            self._set_address(header.source)
-        self.codec.receive_head_data(data[header.size :])
+        address, data = found
+        self._set_address(address)
+        self.codec.receive_head_data(data)
         return True
 
     async def _interrupted(self) -> bool:

@@ -1,4 +1,4 @@
-"""The client's side of one exchange: the body of its request, and what it is sent.
+"""The client's side of one HTTP/1.1 exchange: the body of its request, and what it is sent.
 
 Knows the client connection's codec, stream and deadline, and nothing of services or targets.
 """
@@ -20,6 +20,7 @@ from kamal_proxy.sockets import READ_SIZE
 if TYPE_CHECKING:
     from kamal_proxy.http.codec import HeaderPairs, RequestHead
     from kamal_proxy.http.connection import ClientConnection
+    from kamal_proxy.http.target_side import Upstream
     from kamal_proxy.sockets import SocketStream
 
 # A client that closes its sending side usually went away, but it may still be reading (RFC 9112
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 GONE_GRACE = 1.0
 
 
-class Downstream:
-    """The client during one request.
+class Http1Downstream:
+    """The client during one request on an HTTP/1.1 connection: a ``client_side.Downstream``.
 
     Attributes:
         awaits_continue: Whether the client rightly waits for 100 Continue; it owes no body yet.
@@ -146,12 +147,23 @@ class Downstream:
         await self.send(data)
         return self._codec.switched()
 
-    def begin(self, status: int, reason: bytes, headers: HeaderPairs) -> bytes:
+    def begin(
+        self, status: int, reason: bytes, headers: HeaderPairs, *, close: bool = False
+    ) -> bytes:
         """Frame the head of the final response, which is to be sent.
+
+        Args:
+            status: Its status.
+            reason: Its reason phrase.
+            headers: Its header fields; at most a Content-Length as framing.
+            close: Whether the connection must end with it.
 
         Raises:
             ProtocolError: it can't be written.
         """
+        # Of a request that has not arrived whole, nobody will read the rest.
+        if close or not self._codec.received or self._server.closing or self._connection.ending:
+            headers = [*headers, (b"Connection", b"close")]
         data = self._codec.response(status, reason, headers)
         self._begun(status, headers)
         return data
@@ -167,8 +179,16 @@ class Downstream:
         return self._codec.body(data)
 
     def end(self, trailers: HeaderPairs | None = None) -> bytes:
-        """Frame the end of the response."""
+        """Frame the end of the response; where HTTP/1.1 has no room for trailers, it gets none."""
+        if trailers and not self._is_chunked():
+            trailers = None
         return self._codec.end(trailers)
+
+    def _is_chunked(self) -> bool:
+        """Return whether the body of the response that was begun is sent in chunks."""
+        if self._head.method == b"HEAD" or self.status in (204, 304):
+            return False
+        return not any(name.lower() == b"content-length" for name, _ in self.response or ())
 
     async def send(self, data: bytes) -> None:
         """Send to the client, giving up when it takes nothing for too long.
@@ -208,14 +228,12 @@ class Downstream:
         # What is here of a body is of no use, but its end decides about the connection.
         with contextlib.suppress(ProtocolError):
             self._codec.take_body()
-        if close or not self._codec.received or self._server.closing or self._connection.ending:
-            headers = [*headers, (b"Connection", b"close")]
         headers = [
             (b"Date", self._server.date()),
             *headers,
             (b"Content-Length", b"%d" % len(body)),
         ]
-        data = self.begin(status, pages.reason(status).encode(), headers)
+        data = self.begin(status, pages.reason(status).encode(), headers, close=close)
         if self._head.method == b"HEAD":
             body = b""
         if body:
@@ -226,23 +244,31 @@ class Downstream:
 
     # The client's leaving
 
-    async def receive_from(self, upstream: SocketStream, *, watching: bool) -> bytes:
-        """Read from a target; a client that goes away meanwhile shortens the wait.
+    async def receive_from(self, upstream: Upstream, *, watching: bool) -> None:
+        """Wait for more from a target; a client that goes away meanwhile shortens the wait.
 
         Args:
-            upstream: The target's stream.
+            upstream: The request to the target; its codec has then what has come.
             watching: Whether to watch the client; not while somebody reads from it, who notices.
         """
         if not self._gone:
-            watch = self._stream if watching else None
-            data = await upstream.receive_watching(watch, READ_SIZE)
-            if data is not None:
-                return data
+            if await upstream.receive(self._stream if watching else None):
+                return
             self._connection.move_deadline(GONE_GRACE, Reason.CLIENT_GONE)
             self._gone = True
-        return await upstream.receive(READ_SIZE)
+        await upstream.receive(None)
+
+    def watch_from_now(self, upstream: Upstream) -> None:
+        """Let the client's leaving also shorten a :meth:`receive_from` that waits already."""
+        upstream.watch_from_now(self._stream)
 
     async def wait_gone(self) -> None:
         """Wait until the client has closed its side, and has had its grace."""
         await self._stream.wait_hung_up()
         await trio.sleep(GONE_GRACE)
+
+    # Another protocol
+
+    def tunnel_end(self) -> SocketStream:
+        """Return the client's end of the tunnel, after :meth:`switch`: the whole connection."""
+        return self._stream

@@ -19,10 +19,11 @@ from kamal_proxy.http import cookies, pages
 from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.admission import Admission
 from kamal_proxy.http.codec import CHUNKED, HeaderPairs, ProtocolError, RequestHead, ResponseHead
-from kamal_proxy.http.downstream import Downstream
 from kamal_proxy.http.forwarded import nearest_untrusted
+from kamal_proxy.http.h2_pool import H2Pool
 from kamal_proxy.http.headers import (
     forwarded_chain,
+    is_grpc,
     is_lookalike,
     request_headers,
     response_headers,
@@ -35,25 +36,23 @@ from kamal_proxy.http.reasons import (
     Refusal,
     StaleConnection,
     TargetFailed,
+    Unprocessed,
 )
 from kamal_proxy.http.relay import Relay
 from kamal_proxy.http.tunnel import Tunnel
-from kamal_proxy.http.upstream import (
-    FRESH_AGE,
-    MAX_IDLE_AGE,
-    ConnectError,
-    UpstreamPool,
-)
+from kamal_proxy.http.upload import Given
+from kamal_proxy.http.upstream import FRESH_AGE, MAX_IDLE_AGE, ConnectError, UpstreamPool
 from kamal_proxy.http.websocket import is_websocket
 
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Deployment, Drain, Target
-    from kamal_proxy.http.connection import ClientConnection
-    from kamal_proxy.http.upstream import UpstreamConnection
+    from kamal_proxy.http.client_side import ClientSide
+    from kamal_proxy.http.target_side import Upstream
     from kamal_proxy.service import Service
 
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 _READING = frozenset({b"GET", b"HEAD"})
+_MAX_REFUSALS = 5  # of one request by one target
 _NOTHING: frozenset[bytes] = frozenset()
 
 
@@ -62,10 +61,11 @@ class Exchange:
 
     __slots__ = (
         "_admission",
-        "_connection",
+        "_client",
         "_deployment",
         "_downstream",
         "_drain",
+        "_given",
         "_head",
         "_reason",
         "_request_id",
@@ -78,19 +78,20 @@ class Exchange:
         "_wrote",
     )
 
-    def __init__(self, connection: ClientConnection, head: RequestHead) -> None:
+    def __init__(self, client: ClientSide, head: RequestHead) -> None:
         self._started = time.perf_counter_ns()
-        self._connection = connection
-        self._server = connection.server
+        self._client = client
+        self._server = client.server
         self._head = head
-        self._downstream = Downstream(connection, head)
+        self._downstream = client.downstream(head)
         self._request_id = head.get(b"x-request-id") or str(uuid4()).encode()
         self._admission: Admission | None = None
         self._deployment: Deployment | None = None
         self._target: Target | None = None
         self._target_name = ""
         self._wrote = False  # the client is to keep off the read targets for a while
-        self._upstream: UpstreamConnection | None = None
+        self._upstream: Upstream | None = None
+        self._given: Given | None = None  # what targets got of the body that may refuse it
         self._tunnel: Tunnel | None = None
         self._drain: Drain | None = None
         self._reason: Reason | None = None
@@ -99,7 +100,7 @@ class Exchange:
         """Serve the request; return whether the connection can be used for another."""
         try:
             try:
-                self._admission = Admission(self._connection, self._downstream, self._head)
+                self._admission = Admission(self._client, self._downstream, self._head)
                 return await self._serve(self._admission)
             except TargetFailed as error:
                 self._server.log.error(
@@ -132,7 +133,7 @@ class Exchange:
 
     def abort_drained(self) -> None:
         """End now: the drain deadline of the deployment has passed."""
-        self._connection.cancel(Reason.DRAINED)
+        self._client.cancel(Reason.DRAINED)
 
     async def interrupted(self, reason: Reason) -> None:
         """Answer after the connection's scope was cancelled, if nothing was answered yet."""
@@ -169,7 +170,7 @@ class Exchange:
                 self._server.metrics.failure(name, self._reason)
         log_request(
             self._server,
-            self._connection.address,
+            self._client.address,
             self._head,
             status=status,
             duration=duration,
@@ -188,9 +189,9 @@ class Exchange:
         """Return whom the request comes from, as far as it can be known."""
         header = service.client_ip_header if service else b""
         trusted = self._server.trusted_proxies
-        client = self._connection.address[0]
+        client = self._client.address[0]
         if trusted:
-            chain = forwarded_chain(self._head, header) if self._connection.vouched else []
+            chain = forwarded_chain(self._head, header) if self._client.vouched else []
             return nearest_untrusted(chain, trusted, client).encode("latin-1")
         return (
             (header and self._head.get(header))
@@ -245,6 +246,7 @@ class Exchange:
         response_timeout = service.response_timeout(admission.path.partition(b"?")[0])
         max_age = MAX_IDLE_AGE if repeatable else FRESH_AGE
         failed: set[Target] = set()
+        refusals = 0
         cause = ""
         while True:
             target = deployment.choose(failed, reading=reading)
@@ -261,8 +263,8 @@ class Exchange:
                 metrics.retry(service.name)
             self._assign(target)
             pool = target.connections
-            assert isinstance(pool, UpstreamPool)
-            self._connection.move_deadline(response_timeout, Reason.TARGET_TIMEOUT)
+            assert isinstance(pool, (UpstreamPool, H2Pool))
+            self._client.move_deadline(response_timeout, Reason.TARGET_TIMEOUT)
             upstream = self._upstream = pool.take_idle(max_age)
             if upstream is not None:
                 metrics.reuse(service.name)
@@ -283,6 +285,17 @@ class Exchange:
                 metrics.retry(service.name)
                 # Once: a connection that was never used before can't be stale.
                 max_age = -math.inf
+            except Unprocessed as error:
+                cause = str(error)
+                if self._given is not None and self._given.lost:
+                    raise TargetFailed(cause) from error
+                # Its connection may just have come to its end, and that of the next attempt, too;
+                # but it may refuse whatever it is asked.
+                refusals += 1
+                if refusals % _MAX_REFUSALS:
+                    metrics.retry(service.name)
+                else:
+                    failed.add(target)
             finally:
                 self._release_upstream()
 
@@ -301,7 +314,7 @@ class Exchange:
         if self._deployment is not None:
             self._deployment.end(self)
             self._deployment = None
-            self._drain = self._connection.drain
+            self._drain = self._client.drain
 
     def _assign(self, target: Target) -> None:
         if self._target is not None:
@@ -315,18 +328,20 @@ class Exchange:
     async def _converse(
         self,
         admission: Admission,
-        upstream: UpstreamConnection,
+        upstream: Upstream,
         service: Service,
         target: Target,
         response_timeout: float,
     ) -> bool:
         """Send the request on one upstream connection and relay what comes back."""
+        if upstream.may_refuse and self._given is None:
+            self._given = Given()
 
         def adapt(head: ResponseHead) -> HeaderPairs:
             return self._with_cookies(admission, service, response_headers(head))
 
         relay = Relay(
-            self._connection,
+            self._client,
             self._downstream,
             upstream,
             service.target_options,
@@ -335,6 +350,8 @@ class Exchange:
             # A slow client must not hold up a drain for what the target has already given.
             self._let_go,
             admission.upgrade,
+            self._given,
+            patient=upstream.may_refuse and is_grpc(self._head.get(b"content-type")),
         )
         request = self._request(admission, upstream, service, target)
         switched = await relay.run(request, admission.body)
@@ -347,17 +364,17 @@ class Exchange:
     def _request(
         self,
         admission: Admission,
-        upstream: UpstreamConnection,
+        upstream: Upstream,
         service: Service,
         target: Target,
     ) -> bytes:
         """Write the head of the request."""
-        connection, head, body = self._connection, self._head, admission.body
+        client, head, body = self._client, self._head, admission.body
         client_ip = self._downstream.hidden = service.client_ip_header
         hidden = _NOTHING
         if client_ip:
             # What a proxy that is believed adds, its client must not be able to say beside it.
-            told = client_ip if connection.believed else b""
+            told = client_ip if client.believed else b""
             names = (name for name, _, _ in head.headers)
             hidden = frozenset(n for n in names if n != told and is_lookalike(n, client_ip))
         length = None
@@ -367,19 +384,19 @@ class Exchange:
         headers = request_headers(
             head,
             host=admission.destination.host,
-            client=connection.address[0].encode(),
+            client=client.address[0].encode(),
             scheme=self._server.scheme.encode(),
             target=target.name.encode(),
             request_id=self._request_id,
             new_start=_now_milliseconds,
-            forward=service.forwards_headers and connection.believed,
-            vouched=connection.vouched,
+            forward=service.forwards_headers and client.believed,
+            vouched=client.vouched,
             client_ip_header=client_ip,
             upgrade=admission.upgrade,
             length=length,
             hidden=hidden,
         )
-        return upstream.codec.request(head.method, admission.path, headers)
+        return upstream.codec.request(head.method, admission.path, headers, admission.upgrade)
 
     def _with_cookies(
         self, admission: Admission, service: Service, headers: HeaderPairs
@@ -391,11 +408,13 @@ class Exchange:
         if self._wrote:
             lasting = service.options.writer_affinity_timeout
             headers = cookies.with_writer_cookie(headers, time.time(), lasting)
+        if self._server.alt_svc and not (service.tls and service.tls.asks_clients):
+            headers = [*headers, (b"Alt-Svc", self._server.alt_svc)]
         return headers
 
     async def _run_tunnel(
         self,
-        upstream: UpstreamConnection,
+        upstream: Upstream,
         service: Service,
         head: ResponseHead,
         headers: HeaderPairs,
@@ -406,8 +425,8 @@ class Exchange:
         protocol = "websocket" if websocket else "other"
         metrics = self._server.metrics
         tunnel = self._tunnel = Tunnel(
-            self._connection.stream,
-            upstream.stream,
+            self._downstream.tunnel_end(),
+            upstream.tunnel_end(),
             websocket=websocket,
             stall_timeout=self._server.options.stall_timeout,
             idle_timeout=service.target_options.websocket_idle_timeout,

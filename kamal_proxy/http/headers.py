@@ -185,11 +185,13 @@ def _named_by_connection(headers: list[Header]) -> set[bytes]:
 
 
 def upgrade_of(head: RequestHead) -> bytes:
-    """Return the protocol that a request wants to switch to, or nothing (RFC 9110 7.8).
+    """Return the protocol that a request wants to switch to, or nothing (RFC 9110 7.8, RFC 8441).
 
     ``h2c`` is not passed on: behind it, requests would reach the target that the proxy never saw
     (and RFC 9113 3.1 has given it up).
     """
+    if head.protocol:
+        return head.protocol
     upgrade = head.get(b"upgrade")
     if not upgrade or head.version != b"1.1" or not _names_upgrade(head.headers):
         return b""
@@ -331,8 +333,15 @@ def is_streamed(head: ResponseHead) -> bool:
     """Return whether a response is made to be read as it comes, so that it can't be buffered."""
     if head.length < 0 or head.get(b"x-accel-buffering").lower() == b"no":
         return True
-    content_type = head.get(b"content-type").partition(b";")[0].strip().lower()
-    return content_type in _STREAMED_TYPES or content_type.startswith(b"application/grpc")
+    content_type = head.get(b"content-type")
+    return content_type.partition(b";")[0].strip().lower() in _STREAMED_TYPES or is_grpc(
+        content_type
+    )
+
+
+def is_grpc(content_type: bytes) -> bool:
+    """Return whether that is the type of a gRPC call, in which both sides speak when they like."""
+    return content_type.lower().startswith(b"application/grpc")
 
 
 def upgrade_response_headers(head: ResponseHead) -> HeaderPairs:

@@ -34,6 +34,7 @@ class Reason(enum.StrEnum):
     BODY_TIMEOUT = "body_timeout", 408
     CLIENT_GONE = "client_gone", CLIENT_CLOSED_REQUEST
     CLIENT_STALLED = "client_stalled", CLIENT_CLOSED_REQUEST
+    MISDIRECTED = "misdirected", 421
     # Limits
     HEAD_TOO_LARGE = "head_too_large", 431
     REQUEST_TOO_LARGE = "request_too_large", 413
@@ -47,6 +48,7 @@ class Reason(enum.StrEnum):
     WEBSOCKET_IDLE = "websocket_idle", 504
     # The proxy's state
     NO_SERVICE = "no_service", 404
+    NOT_SECURE = "tls_not_enabled", 503
     NO_TARGET = "no_healthy_target", 503
     STOPPED = "stopped", 503
     PAUSE_EXPIRED = "pause_expired", 504
@@ -87,6 +89,10 @@ class TargetFailed(Exception):
 
 class StaleConnection(Exception):
     """A connection used before was closed by the target before it answered anything."""
+
+
+class Unprocessed(Exception):
+    """The target has said that it did nothing with the request (RFC 9113 8.7)."""
 
 
 class ClientGone(Exception):

@@ -1,6 +1,6 @@
 """One request on one upstream connection: sent, answered, both bodies relayed.
 
-Runs in the client connection's task, under that connection's one cancel scope, whose deadline moves
+Runs in the task that serves the client, under its one cancel scope, whose deadline moves
 with each wait and carries the reason that its passing would have. Only a request whose body is
 still being sent when the target may already answer gets a second task.
 """
@@ -22,17 +22,17 @@ from kamal_proxy.http.reasons import (
     Refusal,
     StaleConnection,
     TargetFailed,
+    Unprocessed,
     body_refusal,
 )
-from kamal_proxy.http.upload import Upload, framed
+from kamal_proxy.http.upload import Given, Upload, framed
 from kamal_proxy.sockets import READ_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kamal_proxy.http.connection import ClientConnection
-    from kamal_proxy.http.downstream import Downstream
-    from kamal_proxy.http.upstream import UpstreamConnection
+    from kamal_proxy.http.client_side import ClientSide, Downstream
+    from kamal_proxy.http.target_side import Upstream
     from kamal_proxy.options import TargetOptions
 
 _MAX_INFORMATIONAL = 100  # 1xx responses before the final one
@@ -42,23 +42,28 @@ class Relay:
     """One attempt to have a request answered.
 
     Args:
-        connection: The client's.
+        client: Where the request came from.
         downstream: The client's side of the exchange.
-        upstream: The connection to the target.
+        upstream: The request to the target.
         options: How requests travel to the service's targets.
         response_timeout: Seconds that the target has for the head of its response.
         adapt: Makes the header fields that the client gets.
         spare: Called when the target has done its part and a buffered response has still to be
             sent.
         upgrade: The protocol that the request wants to switch to, if any.
+        given: What an earlier target was given of a body that is relayed as it comes, and where
+            that is remembered of this one; None if this target can't refuse the request.
+        patient: Whether the client may be silent in the middle of the body.
     """
 
     __slots__ = (
         "_adapt",
         "_answered",
-        "_connection",
+        "_client",
         "_downstream",
+        "_given",
         "_options",
+        "_patient",
         "_response_timeout",
         "_spare",
         "_upgrade",
@@ -68,16 +73,19 @@ class Relay:
 
     def __init__(
         self,
-        connection: ClientConnection,
+        client: ClientSide,
         downstream: Downstream,
-        upstream: UpstreamConnection,
+        upstream: Upstream,
         options: TargetOptions,
         response_timeout: float,
         adapt: Callable[[ResponseHead], HeaderPairs],
         spare: Callable[[], None],
         upgrade: bytes,
+        given: Given | None = None,
+        *,
+        patient: bool = False,
     ) -> None:
-        self._connection = connection
+        self._client = client
         self._downstream = downstream
         self._upstream = upstream
         self._options = options
@@ -85,6 +93,8 @@ class Relay:
         self._adapt = adapt
         self._spare = spare
         self._upgrade = upgrade
+        self._given = given
+        self._patient = patient
         self._answered = False  # the head of the final response is here
         self._upload: Upload | None = None
 
@@ -100,6 +110,7 @@ class Relay:
 
         Raises:
             StaleConnection: a connection used before was closed before it answered anything.
+            Unprocessed: the target has done nothing with the request.
             TargetFailed: the target broke the connection or the protocol.
             Refusal: a limit was passed, or the client broke the framing of its body.
             ClientGone: the client closed or broke its connection.
@@ -107,6 +118,9 @@ class Relay:
         if body is None:
             # What has arrived of the body travels along; most requests are whole now.
             data = self._downstream.take_body_nowait()
+            if self._given is not None:
+                self._given.add(data)
+                data = bytes(self._given.data) or data
             request += framed(self._downstream, self._upstream, data)
             complete = self._downstream.received
         else:
@@ -131,10 +145,10 @@ class Relay:
         if not math.isinf(self._response_timeout):
             await self._upstream.send(request)
             return
-        stall = self._connection.server.options.stall_timeout
-        self._connection.move_deadline(stall, Reason.TARGET_TIMEOUT)
+        stall = self._client.server.options.stall_timeout
+        self._client.move_deadline(stall, Reason.TARGET_TIMEOUT)
         await self._upstream.send(request)
-        self._connection.move_deadline(math.inf, Reason.IDLE)
+        self._client.move_deadline(math.inf, Reason.IDLE)
 
     async def _relay_both_ways(self, body: Body | None) -> ResponseHead | None:
         """Send the rest of the request body while the response may already be coming."""
@@ -142,14 +156,27 @@ class Relay:
         failure: Exception | None = None
         complete = False
         upload = self._upload = Upload(
-            self._connection, self._downstream, self._upstream, body, self._response_timeout
+            self._client,
+            self._downstream,
+            self._upstream,
+            body,
+            self._response_timeout,
+            self._given,
+            patient=self._patient,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(upload.run, self._uploaded, nursery.cancel_scope)
             try:
                 head = await self._download()
                 complete = True
-            except (TargetFailed, StaleConnection, ClientGone, Refusal, ProtocolError) as error:
+            except (
+                TargetFailed,
+                StaleConnection,
+                Unprocessed,
+                ClientGone,
+                Refusal,
+                ProtocolError,
+            ) as error:
                 # A nursery would wrap it in a group.
                 failure = error
             nursery.cancel_scope.cancel(reason="the response is complete")
@@ -162,8 +189,8 @@ class Relay:
     def _uploaded(self) -> None:
         """Note that the target has got all that it will get: now it owes the response."""
         if not self._answered:
-            self._connection.move_deadline(self._response_timeout, Reason.TARGET_TIMEOUT)
-        self._upstream.stream.watch_from_now(self._connection.stream)
+            self._client.move_deadline(self._response_timeout, Reason.TARGET_TIMEOUT)
+        self._downstream.watch_from_now(self._upstream)
 
     # The response
 
@@ -209,24 +236,20 @@ class Relay:
         return None
 
     def _begin(self, head: ResponseHead, headers: HeaderPairs) -> bytes:
-        if self._connection.server.closing or not self._downstream.received:
-            # Nobody will read the rest of the request.
-            headers = [*headers, (b"Connection", b"close")]
         try:
             return self._downstream.begin(head.status, head.reason, headers)
         except ProtocolError as error:
             raise TargetFailed(f"malformed response: {error}") from error
 
     async def _receive_body(self) -> None:
-        codec = self._upstream.codec
-        codec.receive_data(await self._receive())
-        if codec.is_costly:
+        await self._receive()
+        if self._upstream.codec.is_costly:
             await trio.lowlevel.checkpoint()
 
-    async def _receive(self) -> bytes:
+    async def _receive(self) -> None:
         # While a body is still coming, it is its reader that notices the client's leaving.
         watching = self._upload is None or not self._upload.reads_client
-        return await self._downstream.receive_from(self._upstream.stream, watching=watching)
+        await self._downstream.receive_from(self._upstream, watching=watching)
 
     def _taken_body(self) -> bytes:
         try:
@@ -237,9 +260,9 @@ class Relay:
     async def _relay_buffered(self, head: ResponseHead, headers: HeaderPairs, first: bytes) -> None:
         """Read the response whole, let the target go, then send it to the client."""
         # The timeout is for the head; a buffered body may take its time as any other.
-        self._connection.move_deadline(math.inf, Reason.IDLE)
+        self._client.move_deadline(math.inf, Reason.IDLE)
         options = self._options
-        body = self._connection.server.spill.open(
+        body = self._client.server.spill.open(
             options.max_memory_buffer_size, options.max_response_body_size
         )
         codec = self._upstream.codec
@@ -254,7 +277,7 @@ class Relay:
                 raise TargetFailed(f"response cut short: {error}") from error
             except BODY_ERRORS as error:
                 raise body_refusal(
-                    self._connection.server.log, error, Reason.RESPONSE_TOO_LARGE
+                    self._client.server.log, error, Reason.RESPONSE_TOO_LARGE
                 ) from error
             if self._upload is None or not self._upload.running:
                 self._spare()
@@ -269,21 +292,18 @@ class Relay:
             async for part in body.parts():
                 await downstream.send(downstream.body(part))
         except SpillFailedError as error:
-            raise body_refusal(self._connection.server.log, error, Reason.SPILL_FAILED) from error
+            raise body_refusal(self._client.server.log, error, Reason.SPILL_FAILED) from error
         await downstream.send(downstream.end())
 
     async def _response_head(self) -> ResponseHead:
         """Wait for the final response or a switch of protocols, passing on 1xx responses."""
         codec = self._upstream.codec
-        silent = True
         informational = 0
         try:
             while True:
                 head = codec.next_response()
                 if head is None:
-                    data = await self._receive()
-                    silent = silent and not data
-                    codec.receive_data(data)
+                    await self._receive()
                 elif head.status >= 200:
                     self._answered = True
                     return head
@@ -299,7 +319,9 @@ class Relay:
                     if told and self._upload is not None:
                         self._upload.await_client()
         except (ProtocolError, trio.BrokenResourceError) as error:
-            if silent and self._upstream.reused:
+            if self._upstream.refused:
+                raise Unprocessed(str(error)) from error
+            if self._upstream.reused and not codec.heard:
                 raise StaleConnection(str(error)) from error
             raise TargetFailed(str(error)) from error
 

@@ -5,27 +5,32 @@ from __future__ import annotations
 import resource
 import time
 from email.utils import formatdate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 
 from kamal_proxy import listeners
 from kamal_proxy.deployment import Drain
 from kamal_proxy.http.connection import ClientConnection
+from kamal_proxy.http.h2_connection import H2Connection
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.networks import Networks
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from kamal_proxy.http.bodies import Spill
+    from kamal_proxy.http.client_side import ServedConnection
     from kamal_proxy.listeners import Address
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
     from kamal_proxy.options import RunOptions
     from kamal_proxy.router import RoutingTable
     from kamal_proxy.sockets import Poller, SocketStream
+
+Handle: TypeAlias = "Callable[[SocketStream, Address], Awaitable[None]]"
+Validation: TypeAlias = "Callable[[str], Awaitable[bytes | None]]"
 
 _RESERVED_DESCRIPTORS = 100  # for listeners, probes, the admin API, the saved state
 
@@ -41,6 +46,8 @@ class HttpServer:
         spill: Where buffered bodies are.
         port: Port for the log, and for embedders.
         scheme: ``http`` or ``https``.
+        validation: Answers a certificate authority that asks for a token, with None for what it does
+            not know; ``None`` if no certificates are obtained.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class HttpServer:
         spill: Spill,
         port: int,
         scheme: str = "http",
+        validation: Validation | None = None,
     ) -> None:
         self.options = options
         self.routes = routes
@@ -60,13 +68,20 @@ class HttpServer:
         self.spill = spill
         self.port = port
         self.scheme = scheme
+        self.validation = validation
         self.trusted_proxies = Networks(options.trusted_proxies)
         self.proxy_protocol_from = Networks(options.proxy_protocol_from)
         self.closing = False
+        #: What tells clients where HTTP/3 is served (RFC 7838); empty if it is not.
+        self.alt_svc = b""
         #: Requests that wait for the end of a pause, and how many may.
         self.waiting = 0
-        self.max_waiting = max(1, self._connection_limit() // 2)
-        self._connections: set[ClientConnection] = set()
+        self.max_waiting = max(1, connection_limit(options.max_connections) // 2)
+        #: Requests on streams of multiplexed connections, and how many may be at once: a connection
+        #: counts as one client, but each of its requests may need a descriptor for its target.
+        self.streams = 0
+        self.max_streams = connection_limit(options.max_connections)
+        self._connections: set[ServedConnection] = set()
         self._closed = trio.Event()
         self._date = b""
         self._date_second = -1
@@ -86,7 +101,11 @@ class HttpServer:
 
     async def handle(self, stream: SocketStream, address: Address) -> None:
         """Serve one connection. Whatever a client or a target does ends here."""
-        connection = ClientConnection(stream, address, self)
+        kind = H2Connection if stream.alpn == "h2" else ClientConnection
+        await self.serve(kind(stream, address, self), address)
+
+    async def serve(self, connection: ServedConnection, address: Address) -> None:
+        """Serve one connection, of whatever version; it is among those that are open meanwhile."""
         self._connections.add(connection)
         try:
             if self.closing:
@@ -124,24 +143,23 @@ class HttpServer:
         for connection in self._connections:
             connection.cancel(Reason.SHUTDOWN)
 
-    def _connection_limit(self) -> int:
-        """Return how many clients may be connected: each may need a descriptor for its target."""
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return min(self.options.max_connections, max(1, (descriptors - _RESERVED_DESCRIPTORS) // 2))
-
     async def accept(
-        self, bound: Sequence[socket.socket], poller: Poller, nursery: trio.Nursery
+        self,
+        bound: Sequence[socket.socket],
+        poller: Poller,
+        nursery: trio.Nursery,
+        limiter: trio.Semaphore,
+        handle: Handle | None = None,
     ) -> None:
-        """Accept connections on all listeners into ``nursery`` until cancelled."""
-        possible = self._connection_limit()
-        if possible < self.options.max_connections:
-            self.log.warning(
-                "Fewer client connections than configured: raise the limit of open files",
-                max_connections=self.options.max_connections,
-                possible=possible,
-                open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            )
-        limiter = trio.Semaphore(possible)
+        """Accept connections on all listeners into ``nursery`` until cancelled.
+
+        Args:
+            bound: The listeners.
+            poller: Poller of the streams.
+            nursery: Where the connections live.
+            limiter: Says how many there may be; shared with other servers.
+            handle: What takes each of them, if not :meth:`handle`.
+        """
 
         def paused(error: OSError) -> None:
             self.log.error("Accepting connections is paused", port=self.port, error=str(error))
@@ -150,7 +168,7 @@ class HttpServer:
             await listeners.accept(
                 listener,
                 poller,
-                self.handle,
+                handle or self.handle,
                 nursery=nursery,
                 limiter=limiter,
                 on_error=paused,
@@ -159,3 +177,22 @@ class HttpServer:
         async with trio.open_nursery() as acceptors:
             for listener in bound:
                 acceptors.start_soon(accept_on, listener)
+
+
+def connection_limit(wanted: int, log: Log | None = None) -> int:
+    """Return how many clients may be connected: each may need a descriptor for its target.
+
+    Args:
+        wanted: How many the options allow.
+        log: Where is said that it must be fewer.
+    """
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = min(wanted, max(1, (descriptors - _RESERVED_DESCRIPTORS) // 2))
+    if possible < wanted and log is not None:
+        log.warning(
+            "Fewer client connections than configured: raise the limit of open files",
+            max_connections=wanted,
+            possible=possible,
+            open_files=descriptors,
+        )
+    return possible

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -22,13 +22,40 @@ from kamal_proxy.sockets import READ_SIZE
 
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Drain
-    from kamal_proxy.sockets import SocketStream
 
 # Seconds for the other side's Close frame after ours, and for its end of the connection after the
 # last frame. RFC 6455 7.1.1 leaves the time open.
 CLOSE_TIMEOUT = 5.0
 # Seconds before the deadline of a drain when a target is told whose client has not answered.
 _LAST_WORD = 1.0
+
+
+class TunnelEnd(Protocol):
+    """What a tunnel asks of either side: of :class:`kamal_proxy.sockets.SocketStream`, or a stream.
+
+    All methods raise ``trio.BrokenResourceError`` when the peer or the network broke it.
+    """
+
+    async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
+        """Return 1 to ``max_bytes`` bytes, or ``b""`` at the end."""
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Send what is taken now and return how many bytes that was."""
+
+    async def wait_writable(self) -> None:
+        """Wait until a send that took too little is worth another try."""
+
+    async def wait_readable(self) -> bool:
+        """Wait until something has happened that a read, or ``connect_error_nowait``, can tell."""
+
+    def shutdown_write(self) -> None:
+        """Send the end; reading goes on."""
+
+    def keep_alive(self) -> None:
+        """Find out when a silent peer has vanished, and break the connection."""
+
+    def connect_error_nowait(self) -> int:
+        """Return an errno once the peer is gone altogether, else 0."""
 
 
 class _Direction:
@@ -48,7 +75,7 @@ class _Direction:
     )
 
     def __init__(
-        self, source: SocketStream, sink: SocketStream, stall_timeout: float, *, framed: bool
+        self, source: TunnelEnd, sink: TunnelEnd, stall_timeout: float, *, framed: bool
     ) -> None:
         self.source = source
         self._sink = sink
@@ -142,7 +169,7 @@ class Tunnel:
     """A client and a target that speak another protocol than HTTP with each other.
 
     Args:
-        client: The client's stream.
+        client: The client's end.
         target: The target's.
         websocket: Whether that protocol is WebSocket.
         stall_timeout: Seconds that a write may wait for either side.
@@ -167,8 +194,8 @@ class Tunnel:
 
     def __init__(
         self,
-        client: SocketStream,
-        target: SocketStream,
+        client: TunnelEnd,
+        target: TunnelEnd,
         *,
         websocket: bool,
         stall_timeout: float,
@@ -247,7 +274,7 @@ class Tunnel:
         await trio.sleep(seconds)
         self._end()
 
-    async def _end_with(self, stream: SocketStream) -> None:
+    async def _end_with(self, stream: TunnelEnd) -> None:
         """End when a side that has sent its last byte is gone altogether.
 
         Nobody reads from it any more, and after its end a read would not tell.

@@ -1,7 +1,7 @@
 """The rest of a request's body on its way to a target that may already be answering.
 
-A task of its own, under a scope of its own: what the response waits for is the connection's
-deadline, and the two must not touch each other's.
+A task of its own, under a scope of its own: what the response waits for is the deadline of the
+client's side, and the two must not touch each other's.
 """
 
 from __future__ import annotations
@@ -19,20 +19,48 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kamal_proxy.http.bodies import Body
-    from kamal_proxy.http.connection import ClientConnection
-    from kamal_proxy.http.downstream import Downstream
-    from kamal_proxy.http.upstream import UpstreamConnection
+    from kamal_proxy.http.client_side import ClientSide, Downstream
+    from kamal_proxy.http.target_side import Upstream
+
+MAX_GIVEN = 64 * 1024  # bytes of a request's body that are kept until its target has answered
+
+
+class Given:
+    """What targets were given of a body that is passed on as it comes.
+
+    Attributes:
+        data: All of it, for a target that is asked after one that has refused the request.
+        lost: Whether it was too much to remember: no other target can be asked.
+    """
+
+    __slots__ = ("data", "lost")
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.lost = False
+
+    def add(self, data: bytes) -> None:
+        """Remember a part."""
+        if self.lost:
+            return
+        self.data += data
+        if len(self.data) > MAX_GIVEN:
+            self.lost = True
+            self.data.clear()
 
 
 class Upload:
     """The body of one request, from what is not sent yet.
 
     Args:
-        connection: The client's.
+        client: Where the request came from.
         downstream: The client's side of the exchange.
         upstream: The connection to the target.
         body: The body, if it was read whole; otherwise it is passed on as it comes.
         response_timeout: Seconds that the target may take nothing before its response begins.
+        given: Remembers what the target is given, in case it refuses the request.
+        patient: Whether the client may be silent for as long as it likes: both sides speak when
+            they have something to say.
 
     Attributes:
         running: Whether something is still to be sent.
@@ -41,8 +69,10 @@ class Upload:
 
     __slots__ = (
         "_body",
-        "_connection",
+        "_client",
         "_downstream",
+        "_given",
+        "_patient",
         "_reason",
         "_response_timeout",
         "_scope",
@@ -54,18 +84,23 @@ class Upload:
 
     def __init__(
         self,
-        connection: ClientConnection,
+        client: ClientSide,
         downstream: Downstream,
-        upstream: UpstreamConnection,
+        upstream: Upstream,
         body: Body | None,
         response_timeout: float,
+        given: Given | None = None,
+        *,
+        patient: bool = False,
     ) -> None:
-        self._connection = connection
+        self._client = client
         self._downstream = downstream
         self._upstream = upstream
         self._body = body
         self._response_timeout = response_timeout
-        self._stall_timeout = connection.server.options.stall_timeout
+        self._given = given
+        self._patient = patient
+        self._stall_timeout = client.server.options.stall_timeout
         self._scope = trio.CancelScope()
         self._reason = Reason.BODY_TIMEOUT
         self.running = True
@@ -92,7 +127,7 @@ class Upload:
             except ProtocolError as error:
                 self.failure = Refusal(Reason.BAD_REQUEST, status=error.status)
             except SpillFailedError as error:
-                log = self._connection.server.log
+                log = self._client.server.log
                 self.failure = body_refusal(log, error, Reason.SPILL_FAILED)
             except ClientGone as error:
                 self.failure = error
@@ -106,12 +141,15 @@ class Upload:
 
     def await_client(self) -> None:
         """Note that the client owes the next part."""
-        self._limit(self._stall_timeout, Reason.BODY_TIMEOUT)
+        patience = math.inf if self._patient else self._stall_timeout
+        self._limit(patience, Reason.BODY_TIMEOUT)
 
     async def _send_arriving(self) -> None:
         downstream = self._downstream
         while True:
             data = downstream.take_body()
+            if self._given is not None:
+                self._given.add(data)
             if (data or downstream.received) and not await self._send(data):
                 return
             if downstream.received:
@@ -133,7 +171,7 @@ class Upload:
         # Also for what comes without a wait: the limit of an earlier one must not still hold.
         self._await_target()
         try:
-            # Nothing may wait between framing and this: see UpstreamConnection.send.
+            # Nothing may wait between framing and sending: see UpstreamConnection.send.
             part = framed(self._downstream, self._upstream, data, last=last)
             await self._upstream.send(part, self._await_target)
         except trio.BrokenResourceError:
@@ -148,14 +186,12 @@ class Upload:
 
     def _limit(self, seconds: float, reason: Reason) -> None:
         # Until all is sent, the target need not answer, however long that takes as a whole.
-        self._connection.move_deadline(math.inf, Reason.IDLE)
+        self._client.move_deadline(math.inf, Reason.IDLE)
         self._scope.deadline = trio.current_time() + seconds
         self._reason = reason
 
 
-def framed(
-    downstream: Downstream, upstream: UpstreamConnection, data: bytes, *, last: bool = True
-) -> bytes:
+def framed(downstream: Downstream, upstream: Upstream, data: bytes, *, last: bool = True) -> bytes:
     """Frame a part of a request's body for a target.
 
     Args:

@@ -1,4 +1,4 @@
-"""Connections to one target: opened on demand, kept while idle, used again when still alive.
+"""HTTP/1.1 connections to one target: opened on demand, kept while idle, used again if still alive.
 
 Names are resolved for a few seconds at a time and again after a failed connect, because an instance
 that was replaced under the same name has another address.
@@ -11,12 +11,13 @@ import math
 import os
 import socket
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.http.codec import ClientCodec
+from kamal_proxy.sockets import READ_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,90 +40,30 @@ class ConnectError(Exception):
     """No connection to the target could be opened; the text says why."""
 
 
-class UpstreamConnection:
-    """One connection to a target. ``reused`` says whether it has carried a request before.
-
-    Whoever got it from the pool must :meth:`release` it.
-    """
-
-    __slots__ = ("_pool", "_sending", "codec", "idle_since", "reused", "stream")
-
-    def __init__(self, stream: SocketStream, codec: ClientCodec, pool: UpstreamPool) -> None:
-        self.stream = stream
-        self.codec = codec
-        self._pool = pool
-        self.reused = False
-        self.idle_since = 0.0
-        self._sending = False
-
-    async def send(self, data: bytes, progress: Callable[[], None] | None = None) -> None:
-        """Send what the codec has framed; see :meth:`SocketStream.send`.
-
-        Nothing may wait between the framing and this call: only from here on is it known that the
-        target still lacks what the codec believes it has.
-        """
-        self._sending = True
-        await self.stream.send(data, progress)
-        self._sending = False
-
-    def release(self) -> None:
-        """Give the connection back after its exchange: once, for another may have it then."""
-        self._pool.take_back(self)
-
-    def next_cycle(self) -> bool:
-        """Get ready for another request; False if the connection can't be used again."""
-        # The codec believes that everything it framed was sent. What was left out by a broken or
-        # cancelled send, the target would take from the next request.
-        return not self._sending and self.codec.next_cycle()
-
-
-class UpstreamPool:
-    """The connections to one target.
+class Dialer:
+    """Opens connections to one target.
 
     Args:
         poller: Poller of the streams.
         host: Host name or address of the target.
         port: Its port.
-        max_head_size: Largest head of a response, in bytes.
     """
 
-    def __init__(self, poller: Poller, host: str, port: int, max_head_size: int) -> None:
+    def __init__(self, poller: Poller, host: str, port: int) -> None:
         self._poller = poller
         self._host = host
         self._port = port
-        self._max_head_size = max_head_size
-        self._idle: deque[UpstreamConnection] = deque()  # the most recently used one is last
         self._addresses: list[_Address] = []
         self._resolved_at = -math.inf
         self._resolving = trio.Lock()  # one lookup serves all that wait for it
         self._failed_at = -math.inf
         self._failure = ""
-        self._closed = False
 
-    def __repr__(self) -> str:
-        return f"<UpstreamPool {self._host}:{self._port} idle={len(self._idle)}>"
+    def __str__(self) -> str:
+        return f"{self._host}:{self._port}"
 
-    def take_idle(self, max_age: float) -> UpstreamConnection | None:
-        """Return a living connection that was busy in the last ``max_age`` seconds, if any."""
-        now = trio.current_time()
-        while self._idle:
-            connection = self._idle.pop()
-            age = now - connection.idle_since
-            if age > max_age:
-                if age <= MAX_IDLE_AGE:
-                    self._idle.append(connection)  # still good for requests that may be repeated
-                else:
-                    connection.stream.close()
-                    self._close_idle(len(self._idle))  # all others are older still
-                return None
-            if connection.stream.is_quiet_nowait():
-                connection.reused = True
-                return connection
-            connection.stream.close()
-        return None
-
-    async def connect(self) -> UpstreamConnection:
-        """Open a new connection.
+    async def connect(self) -> SocketStream:
+        """Open a connection.
 
         Raises:
             ConnectError: the name can't be resolved, or every address refused or timed out.
@@ -136,31 +77,7 @@ class UpstreamPool:
         if stream is None:
             self._resolved_at = -math.inf
             raise ConnectError(reason)
-        return UpstreamConnection(stream, ClientCodec(self._max_head_size), self)
-
-    def take_back(self, connection: UpstreamConnection) -> None:
-        """Keep a connection whose exchange has ended, if it can be used again; or close it."""
-        if self._closed or not connection.next_cycle():
-            connection.stream.close()
-            return
-        connection.idle_since = trio.current_time()
-        self._idle.append(connection)
-        self.trim()
-
-    def trim(self) -> None:
-        """Close the idle connections that are too many or too old."""
-        oldest = trio.current_time() - MAX_IDLE_AGE
-        while self._idle and (len(self._idle) > MAX_IDLE or self._idle[0].idle_since < oldest):
-            self._idle.popleft().stream.close()
-
-    def close(self) -> None:
-        """Close the idle connections; those released later are closed too."""
-        self._closed = True
-        self._close_idle(len(self._idle))
-
-    def _close_idle(self, count: int) -> None:
-        for _ in range(count):
-            self._idle.popleft().stream.close()
+        return stream
 
     async def _resolve(self) -> bool:
         """Look the name up unless that was done just now; return whether it was looked up."""
@@ -194,6 +111,139 @@ class UpstreamPool:
             except OSError as error:
                 reason = describe(error)
         return None, reason
+
+
+class UpstreamConnection:
+    """One connection to a target; a :class:`kamal_proxy.http.target_side.Upstream` while in use.
+
+    ``reused`` says whether it has carried a request before. Whoever got it from the pool must
+    :meth:`release` it.
+    """
+
+    __slots__ = ("_pool", "_sending", "codec", "idle_since", "reused", "stream")
+
+    refused: Final = False
+    may_refuse: Final = False
+
+    def __init__(self, stream: SocketStream, codec: ClientCodec, pool: UpstreamPool) -> None:
+        self.stream = stream
+        self.codec = codec
+        self._pool = pool
+        self.reused = False
+        self.idle_since = 0.0
+        self._sending = False
+
+    async def send(self, data: bytes, progress: Callable[[], None] | None = None) -> None:
+        """Send what the codec has framed; see :meth:`SocketStream.send`.
+
+        Nothing may wait between the framing and this call: only from here on is it known that the
+        target still lacks what the codec believes it has.
+        """
+        self._sending = True
+        await self.stream.send(data, progress)
+        self._sending = False
+
+    async def receive(self, watch: SocketStream | None) -> bool:
+        """Read more of the response; see :class:`kamal_proxy.http.target_side.Upstream`."""
+        data = await self.stream.receive_watching(watch, READ_SIZE)
+        if data is None:
+            return False
+        self.codec.receive_data(data)
+        return True
+
+    def watch_from_now(self, watch: SocketStream) -> None:
+        """Let a hang-up of ``watch`` also end the wait in which :meth:`receive` may be already."""
+        self.stream.watch_from_now(watch)
+
+    def tunnel_end(self) -> SocketStream:
+        """Return the target's end of a tunnel, after a 101 response: the whole connection."""
+        return self.stream
+
+    def release(self) -> None:
+        """Give the connection back after its exchange: once, for another may have it then."""
+        self._pool.take_back(self)
+
+    def next_cycle(self) -> bool:
+        """Get ready for another request; False if the connection can't be used again."""
+        # The codec believes that everything it framed was sent. What was left out by a broken or
+        # cancelled send, the target would take from the next request.
+        return not self._sending and self.codec.next_cycle()
+
+
+class UpstreamPool:
+    """The HTTP/1.1 connections to one target; a :class:`kamal_proxy.http.target_side.Pool`.
+
+    Args:
+        poller: Poller of the streams.
+        host: Host name or address of the target.
+        port: Its port.
+        max_head_size: Largest head of a response, in bytes.
+    """
+
+    def __init__(self, poller: Poller, host: str, port: int, max_head_size: int) -> None:
+        self._dialer = Dialer(poller, host, port)
+        self._max_head_size = max_head_size
+        self._idle: deque[UpstreamConnection] = deque()  # the most recently used one is last
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<UpstreamPool {self._dialer} idle={len(self._idle)}>"
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Return at once: these connections need no task of their own."""
+        task_status.started()
+
+    def take_idle(self, max_age: float) -> UpstreamConnection | None:
+        """Return a living connection that was busy in the last ``max_age`` seconds, if any."""
+        now = trio.current_time()
+        while self._idle:
+            connection = self._idle.pop()
+            age = now - connection.idle_since
+            if age > max_age:
+                if age <= MAX_IDLE_AGE:
+                    self._idle.append(connection)  # still good for requests that may be repeated
+                else:
+                    connection.stream.close()
+                    self._close_idle(len(self._idle))  # all others are older still
+                return None
+            if connection.stream.is_quiet_nowait():
+                connection.reused = True
+                return connection
+            connection.stream.close()
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """Open a new connection.
+
+        Raises:
+            ConnectError: the name can't be resolved, or every address refused or timed out.
+        """
+        stream = await self._dialer.connect()
+        return UpstreamConnection(stream, ClientCodec(self._max_head_size), self)
+
+    def take_back(self, connection: UpstreamConnection) -> None:
+        """Keep a connection whose exchange has ended, if it can be used again; or close it."""
+        if self._closed or not connection.next_cycle():
+            connection.stream.close()
+            return
+        connection.idle_since = trio.current_time()
+        self._idle.append(connection)
+        self.trim()
+
+    def trim(self) -> None:
+        """Close the idle connections that are too many or too old."""
+        oldest = trio.current_time() - MAX_IDLE_AGE
+        while self._idle and (len(self._idle) > MAX_IDLE or self._idle[0].idle_since < oldest):
+            self._idle.popleft().stream.close()
+
+    def close(self) -> None:
+        """Close the idle connections; those released later are closed too."""
+        self._closed = True
+        self._close_idle(len(self._idle))
+
+    def _close_idle(self, count: int) -> None:
+        for _ in range(count):
+            self._idle.popleft().stream.close()
 
 
 def describe(error: OSError) -> str:

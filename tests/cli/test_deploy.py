@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kamal_proxy import options
 from kamal_proxy.cli.deploy import ACME_STAGING_DIRECTORY
 from kamal_proxy.control.messages import from_json
 from kamal_proxy.options import (
@@ -34,16 +33,6 @@ def sent(proxy: ScriptedProxy) -> DeployOptions:
     method, path, body = proxy.requests[-1]
     assert method == "PUT"
     return from_json(DeployOptions, {**body, "service": path.removeprefix("/v1/services/")})
-
-
-@pytest.fixture
-def all_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let through what a later version supports: what the flags mean is settled now."""
-
-    def none(*_: object) -> Iterator[str]:
-        return iter(())
-
-    monkeypatch.setattr(options, "unsupported_flags", none)
 
 
 def expected(
@@ -89,6 +78,11 @@ FLAGS: list[tuple[list[str], dict[str, Any]]] = [
     (["--tls-acme-cache-path=/x"], {"service": {"acme_cache_path": "/x"}}),
     (["--tls-acme-cache-path="], {"service": {"acme_cache_path": ""}}),
     (["--tls-redirect=false"], {"service": {"tls_redirect": False}}),
+    (
+        ["--tls", "--host=a", "--tls-client-ca=/ca.pem"],
+        {"service": {"tls_enabled": True, "hosts": ("a",), "tls_client_ca_path": "/ca.pem"}},
+    ),
+    (["--target=h2c://t2:81"], {"targets": ("t1:80", "h2c://t2:81")}),
     (["--canonical-host=a"], {"service": {"canonical_host": "a"}}),
     (["--error-pages=/p"], {"service": {"error_page_path": "/p"}}),
     (["--writer-affinity-timeout=3s"], {"service": {"writer_affinity_timeout": 3.0}}),
@@ -140,7 +134,6 @@ FLAGS: list[tuple[list[str], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("all_supported")
 @pytest.mark.parametrize(("flags", "want"), FLAGS, ids=lambda value: " ".join(map(str, value)))
 def test_flags_become_options(
     proxy: ScriptedProxy, command: Command, tmp_path: Path, flags: list[str], want: dict[str, Any]
@@ -192,18 +185,18 @@ def test_path_timeouts_that_are_none(
 
 
 KAMAL_LINES = [
-    ("", 'app-web --target="172.1.0.2:80" --deploy-timeout="30s" '
+    ('app-web --target="172.1.0.2:80" --deploy-timeout="30s" '
      '--drain-timeout="30s" --buffer-requests --buffer-responses '
      '--log-request-header="Cache-Control" --log-request-header="Last-Modified" '
      '--log-request-header="User-Agent"'),
-    ("tls", 'app-web --target="172.1.0.2:80" --host="example.com" --host="anotherexample.com" '
+    ('app-web --target="172.1.0.2:80" --host="example.com" --host="anotherexample.com" '
      '--tls --deploy-timeout="30s" --drain-timeout="30s" --buffer-requests --buffer-responses'),
-    ("", 'app-web2 --target="123:80" --deploy-timeout="6s" --drain-timeout="30s" '
+    ('app-web2 --target="123:80" --deploy-timeout="6s" --drain-timeout="30s" '
      '--target-timeout="15s" --buffer-requests --buffer-responses'),
-    ("", 'custom-busybox --target="172.1.0.2:80" --host="busybox.example.com" '
+    ('custom-busybox --target="172.1.0.2:80" --host="busybox.example.com" '
      '--deploy-timeout="30s" --drain-timeout="30s" --buffer-requests="false" '
      '--buffer-responses="false"'),
-    ("", 'app_with_roles-web --target="1a2b3c4d5e6f:80" --host="localhost" '
+    ('app_with_roles-web --target="1a2b3c4d5e6f:80" --host="localhost" '
      '--deploy-timeout="2s" --drain-timeout="2s" --health-check-interval="1s" '
      '--health-check-timeout="1s" --health-check-path="/up" --target-timeout="2s" '
      '--buffer-requests="false" --buffer-responses="false" --buffer-memory="400000" '
@@ -211,34 +204,18 @@ KAMAL_LINES = [
      '--log-request-header="Cache-Control" --log-request-header="X-Forwarded-Proto" '
      '--log-response-header="X-Request-ID" --log-response-header="X-Request-Start" '
      '--error-pages="/home/kamal-proxy/.apps-config/app_with_roles/error_pages/0a1b2c"'),
-    ("tls", 'app-web --target="1a2b3c4d5e6f:80" --host="localhost" --tls '
+    ('app-web --target="1a2b3c4d5e6f:80" --host="localhost" --tls '
      '--tls-certificate-path="/home/kamal-proxy/.apps-config/app/tls/web/cert.pem" '
      '--tls-private-key-path="/home/kamal-proxy/.apps-config/app/tls/web/key.pem" '
      '--tls-redirect="false"'),
-    ("", 'app-web --target "172.1.0.2:80" --path-prefix="/api" --path-prefix="/oauth_callback" '
+    ('app-web --target "172.1.0.2:80" --path-prefix="/api" --path-prefix="/oauth_callback" '
      '--strip-path-prefix="false" --forward-headers="false"'),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("refused", "line"), KAMAL_LINES)
-def test_lines_that_kamal_sends(
-    proxy: ScriptedProxy, command: Command, refused: str, line: str
-) -> None:
-    proxy.answer_events(DONE)
-    code, out, err = command("deploy", *shlex.split(line))
-    if refused:
-        sentence = f"--{refused} is not supported yet by this version of kamal-proxy"
-        assert (code, out, err) == (1, "", f"Error: {sentence}\n")
-        assert proxy.requests == []
-    else:
-        assert (code, out, err) == (0, "", "")
-        assert sent(proxy).service == line.split()[0]
-
-
-@pytest.mark.usefixtures("all_supported")
-@pytest.mark.parametrize(("_refused", "line"), KAMAL_LINES)
+@pytest.mark.parametrize("line", KAMAL_LINES)
 def test_lines_that_kamal_sends_are_understood(
-    proxy: ScriptedProxy, command: Command, _refused: str, line: str
+    proxy: ScriptedProxy, command: Command, line: str
 ) -> None:
     proxy.answer_events(DONE)
     assert command("deploy", *shlex.split(line)) == (0, "", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,7 +92,7 @@ def test_options(
         RunOptions(
             data_directory=tmp_path / "home/.config/kamal-proxy",
             socket_path=tmp_path / "kamal-proxy.sock",
-            **expected,
+            **{"https_port": 443, **expected},
         )
     ]
 
@@ -111,6 +112,9 @@ SETTINGS: list[tuple[str, str, str, Any]] = [
     ("--max-spill", "5", "max_spill", 5),
     ("--max-buffer-memory", "6", "max_buffer_memory", 6),
     ("--spill-directory", "/var/spill", "spill_directory", Path("/var/spill")),
+    ("--http3", "true", "http3", True),
+    ("--acme-directory", "https://ca.test/dir", "acme.directory", "https://ca.test/dir"),
+    ("--acme-email", "ops@a.test", "acme.email", "ops@a.test"),
 ]  # fmt: skip
 
 
@@ -126,12 +130,29 @@ def test_settings(
     value: object,
     by_variable: bool,
 ) -> None:
-    argv = [flag, text]
+    argv = [f"{flag}={text}"]
     if by_variable:
         monkeypatch.setenv(variable_of(flag), text)
         argv = []
     assert command("run", *argv) == (0, "", "")
-    assert getattr(served[0], field) == value
+    assert attrgetter(field)(served[0]) == value
+
+
+def test_an_account_of_an_authority(
+    served: list[RunOptions], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "c2VjcmV0c2VjcmV0c2VjcmV0"
+    monkeypatch.setenv("KAMAL_PROXY_ACME_EAB_HMAC_KEY", secret)
+    flags = ["--acme-directory=https://ca.test/d", "--acme-eab-kid=k", "--acme-ca-file=/ca.pem"]
+    assert command("run", *flags) == (0, "", "")
+    acme = served[0].acme
+    assert (acme.eab_key_id, acme.eab_hmac_key, acme.ca_file) == ("k", secret, "/ca.pem")
+    assert secret not in repr(served[0])
+    code, _, err = command("run", "--acme-email=nobody")
+    assert (code, err) == (
+        1,
+        "Error: acme-email 'nobody' must be one address, such as ops@example.com\n",
+    )
 
 
 def variable_of(flag: str) -> str:
@@ -142,7 +163,9 @@ def test_the_table_of_settings_is_complete() -> None:
     declared = {flag.title for flag in find_command(["run"])[0].grammar.flags.values()}
     without_prefix = {"--debug", "--http-port", "--https-port", "--metrics-port", "--udp-port"}
     assert declared == (
-        {flag for flag, *_ in SETTINGS} | without_prefix | {"--http3", "-h, --help"}
+        {flag for flag, *_ in SETTINGS}
+        | without_prefix
+        | {"--acme-ca-file", "--acme-eab-hmac-key", "--acme-eab-kid", "-h, --help"}
     )
 
 
@@ -200,7 +223,6 @@ def test_a_bad_variable_is_named(
         (["--max-connections=0"], "max-connections must be more than zero"),
         (["--head-timeout=30"], 'invalid argument "30" for "--head-timeout" flag: '
          'time: missing unit in duration "30"'),
-        (["--http3"], "--http3 is not supported yet by this version of kamal-proxy"),
         (["--http-port=1"], "listen tcp :1: bind: permission denied"),
         (["--udp-port=0"], "udp-port 0 must be from 1 to 65535"),
         (["--udp-port=65536"], "udp-port 65536 must be from 1 to 65535"),

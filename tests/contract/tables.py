@@ -28,6 +28,7 @@ import trio
 
 from kamal_proxy.cli.commands import execute
 from kamal_proxy.errors import KamalProxyError
+from kamal_proxy.options import AcmeOptions
 from tests.running import Embedded, Result, open_directory, open_embedded
 from tests.scripted import (
     LOCALHOST,
@@ -42,12 +43,16 @@ from tests.scripted import (
     open_client,
     open_upstream,
 )
+from tests.secure import client_context, open_secure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
 Step = Callable[["World"], Awaitable[None]]
 Wanted = Mapping[str, Any]  # name -> value, pattern, type, or None for what must not be there
+
+# Where no certificate authority is: whatever a row deploys must not leave this machine.
+NO_AUTHORITY = "https://127.0.0.1:1/directory"
 
 _numbers = itertools.count(1)
 
@@ -133,6 +138,7 @@ class World:
             "data_directory": self.directory,
             "socket_path": self.directory / "sock",
             "spill_directory": self.directory,
+            "acme": AcmeOptions(directory=NO_AUTHORITY),
         }
         running = open_embedded(**(settings | dict(self.options)))
         self._proxy = await self._proxies.enter_async_context(running)
@@ -141,9 +147,16 @@ class World:
         """Close the clients and stop the proxy."""
         await self._proxies.aclose()
 
-    async def connect(self) -> Client:
-        """Open a connection; it is closed before the proxy stops."""
-        return await self._proxies.enter_async_context(open_client(self.proxy.port))
+    async def connect(self, tls: str | None = None) -> Client:
+        """Open a connection; it is closed before the proxy stops.
+
+        Args:
+            tls: The name to ask for in a TLS handshake, none for ``""``; None for no TLS.
+        """
+        if tls is None:
+            return await self._proxies.enter_async_context(open_client(self.proxy.port))
+        secure = open_secure(self.proxy.https_port, tls or None, client_context(None))
+        return await self._proxies.enter_async_context(secure)
 
     def fill(self, text: str) -> str:
         """Replace the names in a text."""
@@ -269,6 +282,7 @@ class Ask:
     gets: Wanted
     logs: Wanted
     cut: bytes | None
+    tls: str | None
 
     async def __call__(self, world: World) -> None:
         client, number = await self.send(world)
@@ -282,7 +296,7 @@ class Ask:
         chunked = any(header.startswith("Transfer-Encoding") for header in self.headers)
         if self.body and not chunked:
             lines.append(f"Content-Length: {len(self.body)}")
-        client = await world.connect()
+        client = await world.connect(self.tls)
         await client.send("\r\n".join([*lines, "", ""]).encode() + self.body)
         return client, number
 
@@ -353,6 +367,7 @@ def ask(
     gets: Wanted | None = None,
     logs: Wanted | None = None,
     cut: bytes | None = None,
+    tls: str | None = None,
 ) -> Ask:
     """Make a step that sends a request on a connection of its own.
 
@@ -368,6 +383,7 @@ def ask(
         gets: What the client must get.
         logs: What the line in the log must hold.
         cut: What there must be of the body if the connection must be cut.
+        tls: The name to ask for in a TLS handshake, none for ``""``; None for no TLS.
     """
     return Ask(
         path=path,
@@ -381,4 +397,5 @@ def ask(
         gets=gets or {},
         logs=logs or {},
         cut=cut,
+        tls=tls,
     )

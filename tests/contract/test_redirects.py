@@ -1,17 +1,18 @@
-"""The contract's section "Redirects, TLS": what plain HTTP and the commands show of it.
+"""The contract's section "Redirects, TLS": what plain HTTP, HTTPS and the commands show of it.
 
-Not covered, because it comes with TLS: the ACME HTTP-01 path, which is served before any redirect;
-certificates, on-demand issuance, TLS-ALPN-01, HTTP/2, HTTP/3 and Alt-Svc, connections without SNI,
-``--tls-staging``, the certificates' cache. A deploy with ``--tls`` that breaks no rule is refused
-as not supported yet, so rows that need one change the saved state.
+What needs a certificate authority, an application that is asked about hosts, or another version of
+HTTP than 1.1 is in ``tests/tls``, ``tests/http2`` and ``tests/http3``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from tests.certificates import self_signed
 from tests.contract.steps import answered, kp, restarted
-from tests.contract.tables import Row, Step, ask, play, row
+from tests.contract.tables import Row, Step, World, ask, play, row
 
 WEB = kp("deploy web --target={a} --host=web.test,b.test")
 CANONICAL = kp("deploy web --target={a} --host=web.test,b.test --canonical-host=web.test")
@@ -20,6 +21,25 @@ PAIR = (
     "be set; missing"
 )
 INVALID = "service options invalid:"
+FILES = "--tls-certificate-path={directory}/tls.crt --tls-private-key-path={directory}/tls.key"
+SECURE = kp(f"deploy web --target={{a}} --host=web.test,b.test --tls {FILES}")
+HTTPS = {"https_port": 0}
+
+
+def certificate(*names: str, file: str = "tls") -> Step:
+    """Make a step: the files of a certificate for these names are there."""
+
+    async def step(world: World) -> None:
+        self_signed(names[0], *names).write(world.directory, file)
+
+    return step
+
+
+def secure(name: str = "web.test", **rest: Any) -> Step:
+    """Make a step: a request for a host, in TLS for the same name or the one of ``tls``."""
+    logs = {"scheme": "https", "proto": "HTTP/1.1", "service": "web"} | rest.pop("logs", {})
+    sees = {"x-forwarded-proto": "https"}
+    return ask(**{"host": name, "tls": name, "logs": logs, "sees": sees, **rest})
 
 
 def redirected(location: str, path: str = "/", **rest: str) -> Step:
@@ -53,6 +73,109 @@ ROWS = [
         restarted("web", tls_enabled=True),
         redirected("https://web.test/", host="web.test:8080"),
         redirected("https://B.Test/x", "/x", host="B.Test:80"),
+    ),
+    row(
+        "the same for a service that was deployed with --tls",
+        certificate("web.test", "b.test"),
+        SECURE,
+        redirected("https://b.test/x?y", "/x?y", host="b.test:80"),
+        **HTTPS,
+    ),
+    row(
+        "a service with a certificate of its own is served over HTTPS, and after a restart",
+        certificate("web.test", "b.test"),
+        SECURE,
+        secure("web.test"),
+        secure("b.test"),
+        restarted(),
+        secure("web.test"),
+        **HTTPS,
+    ),
+    row(
+        "X-Forwarded-* of clients are not believed with --tls",
+        certificate("web.test"),
+        SECURE,
+        secure(
+            headers=["X-Forwarded-Proto: http", "X-Forwarded-For: 192.0.2.7"],
+            sees={"x-forwarded-proto": "https", "x-forwarded-for": "127.0.0.1"},
+        ),
+        **HTTPS,
+    ),
+    row(
+        "TLS request to a non-TLS service: 503",
+        certificate("web.test"),
+        SECURE,
+        kp("deploy plain --target={b} --host=plain.test"),
+        answered(
+            503,
+            host="plain.test",
+            tls="web.test",
+            reason="tls_not_enabled",
+            logs={"service": "plain", "scheme": "https"},
+        ),
+        ask(host="plain.test", reaches="b"),
+        **HTTPS,
+    ),
+    row(
+        "no SNI: the first TLS host's certificate",
+        certificate("web.test"),
+        kp("deploy plain --target={b} --host=plain.test"),
+        SECURE,
+        secure(tls=""),
+        **HTTPS,
+    ),
+    row(
+        "what is under a path of a host has the TLS settings of its root",
+        certificate("web.test"),
+        SECURE,
+        kp("deploy api --target={b} --host=web.test --path-prefix=/api"),
+        secure(path="/api/x", reaches="b", logs={"service": "api"}),
+        answered(301, "/api/x", gets={"location": "https://web.test/api/x"}),
+        **HTTPS,
+    ),
+    row(
+        "--tls-redirect=false: both are served",
+        certificate("web.test"),
+        kp(f"deploy web --target={{a}} --host=web.test --tls --tls-redirect=false {FILES}"),
+        ask(sees={"x-forwarded-proto": "http"}, logs={"scheme": "http"}),
+        secure(),
+        **HTTPS,
+    ),
+    row(
+        "--canonical-host over HTTPS: 301 to it",
+        certificate("web.test", "b.test"),
+        kp(
+            "deploy web --target={a} --host=web.test,b.test --canonical-host=web.test --tls "
+            f"{FILES}"
+        ),
+        redirected("https://web.test/x?y", "/x?y", host="b.test", tls="b.test"),
+        secure("web.test"),
+        **HTTPS,
+    ),
+    row(
+        "a certificate that can't be used: the deploy fails and changes nothing",
+        certificate("web.test"),
+        SECURE,
+        certificate("web.test", file="other"),
+        kp(
+            "deploy web --target={b} --host=web.test --tls "
+            "--tls-certificate-path={directory}/other.crt "
+            "--tls-private-key-path={directory}/tls.key",
+            error="unable to load certificate",
+            details=["{directory}/tls.key"],
+        ),
+        secure(reaches="a"),
+        **HTTPS,
+    ),
+    row(
+        "an unknown ACME token is the service's business, before and after a redirect",
+        certificate("web.test"),
+        SECURE,
+        redirected(
+            "https://web.test/.well-known/acme-challenge/x", "/.well-known/acme-challenge/x"
+        ),
+        secure(path="/.well-known/acme-challenge/x"),
+        **HTTPS,
     ),
     row(
         "without tls-redirect none",
@@ -110,11 +233,6 @@ ROWS = [
         "it is an absolute URL or a path",
         "--tls --tls-on-demand-url=ftp://a.test/",
         f"{INVALID} TLS on-demand URL 'ftp://a.test/' must be an absolute http(s) URL or a path",
-    ),
-    refused(
-        "TLS that breaks no rule is refused by this version",
-        "--tls --host=web.test",
-        "--tls is not supported yet by this version of kamal-proxy",
     ),
 ]
 

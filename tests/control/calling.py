@@ -12,7 +12,8 @@ import attrs
 import trio
 
 from kamal_proxy.control.api import ControlServer
-from kamal_proxy.control.messages import Event, ServiceDescription, to_json
+from kamal_proxy.control.messages import CertificateDescription, Event, ServiceDescription, to_json
+from kamal_proxy.errors import CertificateNotFoundError, KamalProxyError
 from kamal_proxy.listeners import accept, listen_unix
 from kamal_proxy.logs import Log
 from kamal_proxy.sockets import Poller
@@ -204,6 +205,32 @@ class ScriptedServices:
         self._news = trio.Event()
 
 
+@attrs.define(eq=False)
+class ScriptedCertificates:
+    """Certificates that are only described, and renewed by saying so.
+
+    Attributes:
+        described: What there is.
+        renewed: The hosts that were renewed.
+        error: What a renewal raises.
+    """
+
+    described: list[CertificateDescription] = attrs.field(factory=list)
+    renewed: list[str] = attrs.field(factory=list)
+    error: KamalProxyError | None = None
+
+    def describe(self) -> list[CertificateDescription]:
+        return self.described
+
+    async def renew(self, host: str) -> None:
+        if all(each.host != host for each in self.described):
+            raise CertificateNotFoundError(f"no certificate is obtained for {host}")
+        await trio.lowlevel.checkpoint()
+        if self.error is not None:
+            raise self.error
+        self.renewed.append(host)
+
+
 @attrs.frozen
 class ScriptedApi(Api):
     """The admin API before scripted services.
@@ -217,7 +244,10 @@ class ScriptedApi(Api):
 
 @asynccontextmanager
 async def open_scripted(
-    path: Path, services: ScriptedServices, lines: Lines
+    path: Path,
+    services: ScriptedServices,
+    lines: Lines,
+    certificates: ScriptedCertificates | None = None,
 ) -> AsyncIterator[ScriptedApi]:
     """Serve the API before scripted services."""
     poller = Poller()
@@ -225,7 +255,9 @@ async def open_scripted(
         async with trio.open_nursery() as base:
             await base.start(poller.run)
             operations = await base.start(_hold_nursery)
-            server = ControlServer(services, operations, Log(lines.add))
+            server = ControlServer(
+                services, certificates or ScriptedCertificates(), operations, Log(lines.add)
+            )
 
             async def serve() -> None:
                 await accept(

@@ -231,9 +231,9 @@ async def test_a_body_may_be_chunked(api: ProxyApi, upstream: Upstream) -> None:
             "host 'http://a' must be a bare host name, without scheme or port",
         ),
         (
-            {"targets": ["aa:1"], "service_options": {"hosts": ["a"], "tls_enabled": True}},
-            "not_supported_yet",
-            "--tls is not supported yet by this version of kamal-proxy",
+            {"targets": ["aa:1"], "service_options": {"tls_enabled": True}},
+            "invalid_options",
+            "service options invalid: host must be set when using TLS",
         ),
         (
             {"targets": ["aa:1"], "read_targets": ["b"]},

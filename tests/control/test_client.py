@@ -311,6 +311,32 @@ def test_a_refusal_is_the_servers_error(
     assert caught.value.details == ("x",)
 
 
+def every_kind(of: type[KamalProxyError] = KamalProxyError) -> Iterator[type[KamalProxyError]]:
+    """Yield the public classes of errors."""
+    if of.__module__ == KamalProxyError.__module__:
+        yield of
+    for kind in of.__subclasses__():
+        yield from every_kind(kind)
+
+
+@pytest.mark.parametrize("kind", tuple(every_kind()))
+def test_every_error_can_be_made_again(
+    path: Path, answering: Start, kind: type[KamalProxyError]
+) -> None:
+    """Whatever arguments its class takes besides."""
+    answering(reply("500 X", {"error": {"code": kind.code, "message": "no", "details": ["x"]}}))
+    with pytest.raises(KamalProxyError, match=r"^no$") as caught:
+        ControlClient(path).certificates()
+    assert type(caught.value) is kind
+    assert caught.value.details == ("x",)
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    codes = [kind.code for kind in every_kind()]
+    assert len(codes) > 10
+    assert sorted(set(codes)) == sorted(codes)
+
+
 NONSENSE = "the proxy's answer makes no sense: "
 ENDED = "the proxy ended the connection before "
 

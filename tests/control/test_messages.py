@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kamal_proxy.control.messages import Event, ServiceDescription, from_json, to_json
+from kamal_proxy.control.messages import (
+    CertificateDescription,
+    Event,
+    ServiceDescription,
+    from_json,
+    to_json,
+)
 from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.options import (
     DeploymentOptions,
@@ -39,6 +45,7 @@ DEPLOYS = st.builds(
     read_targets=LISTS,
     service_options=st.builds(
         ServiceOptions, hosts=LISTS, path_prefixes=LISTS, tls_enabled=st.booleans(),
+        tls_client_ca_path=NAMES,
         strip_prefix=st.booleans(), canonical_host=NAMES, writer_affinity_timeout=SECONDS,
     ),
     target_options=st.builds(
@@ -96,6 +103,17 @@ def test_events_survive_the_way(event: Event) -> None:
 ))  # fmt: skip
 def test_descriptions_survive_the_way(description: ServiceDescription) -> None:
     again = from_json(ServiceDescription, json.loads(json.dumps(to_json(description))))
+    assert again == description
+
+
+@pytest.mark.fuzz
+@given(st.builds(
+    CertificateDescription, host=NAMES, names=LISTS, source=NAMES, state=NAMES, issuer=NAMES,
+    key_type=NAMES, not_after=SECONDS, renew_at=SECONDS, next_attempt=SECONDS, last_error=NAMES,
+    directory=NAMES,
+))  # fmt: skip
+def test_certificates_survive_the_way(description: CertificateDescription) -> None:
+    again = from_json(CertificateDescription, json.loads(json.dumps(to_json(description))))
     assert again == description
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.examples import Example
 
 PAGE = ROOT / "docs" / "tour.md"
-PORTS = ("8080", "9090", "3001", "3002", "3003", "3009", "7001", "7002", "7003", "9999")
+PORTS = ("8080", "8443", "9090", "3001", "3002", "3003", "3009", "7001", "7002", "7003", "9999")
 LIMIT = 30.0  # seconds for one command
 VARYING = (
     (r'"(time|request_id|client_port)":"[^"]*"', r'"\1":…'),

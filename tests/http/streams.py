@@ -16,8 +16,8 @@ import trio
 from kamal_proxy import sockets
 from kamal_proxy.deployment import Deployment
 from kamal_proxy.http.bodies import Spill
+from kamal_proxy.http.h2_pool import new_pool
 from kamal_proxy.http.server import HttpServer
-from kamal_proxy.http.upstream import UpstreamPool
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.options import HealthCheckOptions, RunOptions, ServiceOptions, TargetOptions
 from kamal_proxy.router import RoutingTable
@@ -146,7 +146,7 @@ def _new_deployment(target: str, poller: Poller, lines: Lines) -> Deployment:
         (target,),
         health_check=HealthCheckOptions(),
         probe=_never,
-        connect=lambda host, port: UpstreamPool(poller, host, port, 64 * 1024),
+        connect=lambda host, port, scheme: new_pool(poller, host, port, scheme, 64 * 1024),
         log=lines.log(),
         trusted=True,
     )

@@ -15,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy import sockets
 from kamal_proxy.http import pages
-from kamal_proxy.http.downstream import GONE_GRACE, Downstream
+from kamal_proxy.http.downstream import GONE_GRACE, Http1Downstream
 from kamal_proxy.http.relay import Relay
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause
@@ -923,13 +923,13 @@ async def test_the_continue_that_came_too_late(
     world: Opener, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client sends its body while it is being told to; the target's time goes on."""
-    told = Downstream.inform
+    told = Http1Downstream.inform
 
-    async def slowly(self: Downstream, *args: Any) -> bool:
+    async def slowly(self: Http1Downstream, *args: Any) -> bool:
         await trio.sleep(1)
         return await told(self, *args)
 
-    monkeypatch.setattr(Downstream, "inform", slowly)
+    monkeypatch.setattr(Http1Downstream, "inform", slowly)
 
     async def only_continue(stream: trio.SocketStream) -> None:
         await read_head(stream)

@@ -27,7 +27,7 @@ def options(upstream: Upstream, **service: Any) -> Any:
 
 
 def save(directory: Path, upstream: Upstream, pause: SavedPause, **service: Any) -> None:
-    """Save a service with TLS, which no deploy can make yet."""
+    """Save a service, so that the next proxy begins with it."""
     with StateFile(directory / "kamal-proxy.state", state_format) as file:
         saved = SavedService(
             name="web",

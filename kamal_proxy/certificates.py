@@ -1,0 +1,137 @@
+"""Everything about certificates that one proxy has: obtained, asked for, chosen.
+
+Puts the parts of ``tls`` together with the services that need them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kamal_proxy.control.messages import CertificateDescription
+from kamal_proxy.errors import InvalidOptionsError
+from kamal_proxy.matching import host_name
+from kamal_proxy.tls.hosts import Authority
+from kamal_proxy.tls.issuer import Issuer
+from kamal_proxy.tls.on_demand import OnDemand
+from kamal_proxy.tls.schedule import refusal
+from kamal_proxy.tls.selection import Selection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import trio
+
+    from kamal_proxy.logs import Log
+    from kamal_proxy.metrics import Metrics
+    from kamal_proxy.options import RunOptions, ServiceOptions
+    from kamal_proxy.router import RoutingTable
+    from kamal_proxy.tls.certificates import Certificate
+    from kamal_proxy.tls.on_demand import Ask
+
+
+class Certificates:
+    """The certificates of a proxy's services.
+
+    Args:
+        options: How the proxy runs.
+        routes: Returns the routing table of this moment.
+        ask: Asks a service whether a host may have a certificate.
+        log: Where is said what becomes of them.
+        metrics: Where they are counted.
+
+    Attributes:
+        selection: Chooses one for a handshake.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        routes: Callable[[], RoutingTable],
+        ask: Ask,
+        log: Log,
+        metrics: Metrics,
+    ) -> None:
+        path = options.certificates_path
+        self._path = "" if path is None else str(path)
+        self._routes = routes
+        self._issuer = Issuer(options.acme, log, metrics)
+        self.selection = Selection(routes, self._issuer, OnDemand(ask, log), self._authority)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Obtain and renew certificates until cancelled."""
+        await self._issuer.run(task_status=task_status)
+
+    def require_obtainable(self, options: ServiceOptions) -> None:
+        """Raise InvalidOptionsError if certificates for a service could never be obtained."""
+        if not options.tls_enabled or options.tls_certificate_path:
+            return
+        for host in options.hosts:
+            if why := refusal(host_name(host)):
+                raise InvalidOptionsError(f"automatic TLS: {why}")
+        if not self._authority(options).cache_path:
+            raise InvalidOptionsError(
+                "automatic TLS needs a directory for certificates: acme_cache_path of the service, "
+                "or data_directory of the proxy"
+            )
+
+    def want(self, routes: RoutingTable) -> None:
+        """Take note of a new routing table: obtain what it needs, and no more than that."""
+        self._issuer.set_wanted(
+            {
+                host_name(host): self._authority(service.options)
+                for service in routes
+                if service.tls is not None and not service.tls.has_own_certificate
+                if "/" in service.options.path_prefixes
+                for host in service.options.hosts
+            }
+        )
+
+    async def validate(self, token: str) -> bytes | None:
+        """Answer a certificate authority that asks for a token, if it is known here."""
+        return await self._issuer.validate(token)
+
+    def describe(self) -> list[CertificateDescription]:
+        """Describe all certificates, sorted by host."""
+        own = (
+            _describe(service.tls.certificate, service.options.hosts)
+            for service in self._routes()
+            if service.tls is not None and service.tls.has_own_certificate
+            if "/" in service.options.path_prefixes
+        )
+        obtained = (CertificateDescription(**attrs.asdict(row)) for row in self._issuer.describe())
+        return sorted((*own, *obtained), key=lambda each: each.host)
+
+    async def renew(self, host: str) -> None:
+        """Obtain a new certificate for a host now.
+
+        Raises:
+            CertificateNotFoundError: none is obtained for that host.
+            AcmeError: the certificate authority does not give one.
+            CertificateStoreError: it can't be kept.
+        """
+        await self._issuer.renew(host)
+
+    def _authority(self, options: ServiceOptions) -> Authority:
+        return Authority(options.acme_directory, options.acme_cache_path or self._path)
+
+
+def _describe(certificate: Certificate | None, hosts: tuple[str, ...]) -> CertificateDescription:
+    if certificate is None:
+        return CertificateDescription(
+            host=",".join(hosts),
+            source="file",
+            state="failing",
+            last_error="its files can't be used; the log says why",
+        )
+    return CertificateDescription(
+        host=",".join(hosts),
+        names=certificate.names,
+        source="file",
+        state="expired" if certificate.not_after <= time.time() else "valid",
+        issuer=certificate.issuer,
+        key_type=certificate.key_type,
+        not_after=certificate.not_after,
+    )

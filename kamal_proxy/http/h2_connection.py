@@ -1,0 +1,552 @@
+"""One HTTP/2 connection of a client: many requests at once, each on a stream of its own.
+
+One task reads and tells the streams what has arrived; each stream is served in its own task. What
+they send is framed in turns, one frame each, as far as the windows and the output buffer allow, and
+is written by ``h2_output``. Nothing is read while much is waiting to be written, so that a client
+that reads nothing gets nothing done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import trio
+from h2.config import H2Configuration
+from h2.connection import ConnectionInputs, H2ConnectionStateMachine
+from h2.connection import H2Connection as Codec
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    Event,
+    PingAckReceived,
+    RemoteSettingsChanged,
+    RequestReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError as Http2Error
+from h2.settings import SettingCodes, Settings
+
+from kamal_proxy.http.access_log import log_request
+from kamal_proxy.http.codec import ProtocolError, RequestHead
+from kamal_proxy.http.h2_guard import FloodError, FrameError, FrameGuard
+from kamal_proxy.http.h2_output import Output
+from kamal_proxy.http.h2_stream import H2Stream
+from kamal_proxy.http.multiplexed import websocket_key
+from kamal_proxy.http.reasons import Reason
+from kamal_proxy.http.stream_heads import (
+    MalformedError,
+    request_head_untrusted,
+    response_fields,
+    trailers_untrusted,
+)
+from kamal_proxy.sockets import READ_SIZE, drop
+
+if TYPE_CHECKING:
+    from kamal_proxy.deployment import Drain
+    from kamal_proxy.http.server import HttpServer
+    from kamal_proxy.listeners import Address
+    from kamal_proxy.sockets import SocketStream
+
+MAX_STREAMS = 100  # requests at once on one connection
+STREAM_WINDOW = 128 * 1024  # bytes of a request's body that wait to be taken
+CONNECTION_WINDOW = 512 * 1024  # bytes of all requests' bodies that do
+
+_MAX_OUTPUT = 64 * 1024  # bytes of responses that wait for the socket
+# With them come answers to what the client sends; when they are many, it is not read any further.
+_TOO_MUCH_OUTPUT = 2 * _MAX_OUTPUT
+_LITTLE = 8 * 1024  # bytes that may wait for a moment
+_FEW = 2  # requests at once that are hardly answered at the same moment
+_FRAMES_PER_TURN = 64  # until the other tasks have theirs
+_TABLE_SIZE = 4096  # bytes that a client may have its response heads' table take here
+_MAX_STREAM_ID = 2**31 - 1
+_LAST_CALL = 1.0  # seconds for requests that were sent before the client heard of a drain
+_LAST_CALL_PING = b"lastcall"
+_LINGER = 5.0  # seconds after which a client has read the last response
+_END_TIMEOUT = 5.0  # seconds for what is left to be said at the end
+_SPACE_FOR_ERRORS = 2  # a head that is too large is answered if it is not larger by this factor
+
+
+class _StateMachine(H2ConnectionStateMachine):
+    """The library's, without its belief that nothing follows a GOAWAY (RFC 9113 6.8)."""
+
+    def process_input(self, input_: ConnectionInputs) -> list[Event]:
+        if input_ in (ConnectionInputs.SEND_GOAWAY, ConnectionInputs.RECV_GOAWAY):
+            return []
+        return super().process_input(input_)
+
+
+class _Codec(Codec):
+    """The library's connection, with a few of its habits changed."""
+
+    # Enough for frames that were under way when a stream ended; each takes memory.
+    MAX_CLOSED_STREAMS = 10 * MAX_STREAMS
+
+    def __init__(self, max_head_size: int) -> None:
+        # Fields are checked, strictly, where heads are made of them: what is wrong there concerns
+        # one stream, not the connection.
+        super().__init__(
+            H2Configuration(
+                client_side=False,
+                validate_inbound_headers=False,
+                normalize_inbound_headers=False,
+                validate_outbound_headers=False,
+                normalize_outbound_headers=False,
+            )
+        )
+        self.state_machine = _StateMachine()
+        self.local_settings = Settings(
+            client=False,
+            initial_values={
+                SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+                SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+                SettingCodes.MAX_HEADER_LIST_SIZE: max_head_size,
+                SettingCodes.ENABLE_CONNECT_PROTOCOL: 1,
+            },
+        )
+        self.decoder.max_header_list_size = _SPACE_FOR_ERRORS * max_head_size
+
+    @property
+    def open_inbound_streams(self) -> int:
+        """Pretend that there are none: one too many costs its stream, not the connection."""
+        _ = super().open_inbound_streams  # forgets those that are closed
+        return 0
+
+    def clear_outbound_data_buffer(self) -> None:
+        """Do nothing: what is to be sent is still to be sent after the client's GOAWAY."""
+
+
+class H2Connection:
+    """One HTTP/2 connection of a client: a ``client_side.ServedConnection``.
+
+    Args:
+        stream: Its stream; the preface comes next on it.
+        address: The client's.
+        server: Whose connection it is.
+
+    Attributes:
+        stream: Its stream.
+        address: The client's, or what a PROXY protocol header said that it is.
+        server: Whose connection it is.
+        codec: What reads and writes HTTP/2 on it.
+        guard: What limits what the client may send.
+        output: What waits to be written.
+        client_ca: PEM certificates by which the client's own was verified, if it was.
+        vouched: Whether the client is one of the trusted proxies.
+        believed: Whether what it says about the hops before it is believed.
+        drain: The drain of the whole proxy, once that has begun.
+    """
+
+    __slots__ = (
+        "_block",
+        "_idle_since",
+        "_last_called",
+        "_leaving",
+        "_nursery",
+        "_ponged",
+        "_queue",
+        "_reading",
+        "_refusing",
+        "_served",
+        "_streams",
+        "address",
+        "believed",
+        "client_ca",
+        "codec",
+        "drain",
+        "guard",
+        "output",
+        "server",
+        "stream",
+        "vouched",
+    )
+
+    def __init__(self, stream: SocketStream, address: Address, server: HttpServer) -> None:
+        self.stream = stream
+        self.address = address
+        self.server = server
+        trusted = server.trusted_proxies
+        self.vouched = bool(trusted) and address[0] in trusted
+        self.believed = self.vouched or not trusted
+        self.client_ca = stream.client_ca
+        self.drain: Drain | None = None
+        limit = server.options.max_head_size
+        self.codec = _Codec(limit)
+        self.guard = FrameGuard(_SPACE_FOR_ERRORS * limit, trio.current_time())
+        self._streams: dict[int, H2Stream] = {}
+        self._served = False  # a request has come
+        self._idle_since = trio.current_time()
+        self._nursery: trio.Nursery | None = None
+        self._reading = trio.CancelScope()
+        self._block = 0  # which of the heads in several frames the deadline is for
+        self._queue: deque[H2Stream] = deque()  # streams that may have something to send
+        self.output = Output(stream, server.options.stall_timeout, self._lose, self.pump)
+        # The end
+        self._leaving = False  # the client was told that new requests are not welcome
+        self._refusing = False  # it was told which were the last
+        self._ponged = trio.Event()
+
+    @property
+    def is_idle(self) -> bool:
+        """Never: also a connection without requests is left only after the client was told."""
+        return False
+
+    def begin_drain(self, drain: Drain) -> None:
+        """Tell the client to go elsewhere; what it has asked for, or is asking for, is answered."""
+        self.drain = drain
+        for stream in self._streams.values():
+            stream.begin_drain(drain)
+        if self._nursery is not None and not self._leaving:
+            self._leaving = True
+            # Requests may be under way: which is the last is said when they must have arrived.
+            self.codec.close_connection(last_stream_id=_MAX_STREAM_ID)
+            self.codec.ping(_LAST_CALL_PING)
+            self.flush()
+            self._nursery.start_soon(self._last_call)
+
+    def cancel(self, reason: Reason) -> None:
+        """Interrupt what the connection is doing now; nothing new begins."""
+        for stream in list(self._streams.values()):
+            stream.cancel(reason)
+        self._refuse_more()
+
+    async def run(self) -> None:
+        """Serve the connection until it ends. The caller closes the stream."""
+        async with trio.open_nursery() as writer:
+            writer.start_soon(self.output.run)
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await self._serve_streams()
+                nursery.cancel_scope.deadline = trio.current_time() + _END_TIMEOUT
+                self._nursery = None
+            with trio.move_on_after(_END_TIMEOUT):
+                await self.output.wait_written()
+            writer.cancel_scope.cancel(reason="everything is said")
+        if not self.output.broken and not self.output.size and self._must_linger():
+            await drop(self.stream)
+
+    def _must_linger(self) -> bool:
+        """Return whether the client may still be reading a response, or be told of an error.
+
+        Whatever it sends after the end, if only WINDOW_UPDATE frames, would make the kernel reset
+        the connection, and so drop what it has not read.
+        """
+        recent = trio.current_time() - self._idle_since < _LINGER
+        return recent or bool(self._streams) or not self.stream.is_quiet_nowait()
+
+    async def _serve_streams(self) -> None:
+        codec = self.codec
+        codec.initiate_connection()
+        codec.increment_flow_control_window(CONNECTION_WINDOW - codec.inbound_flow_control_window)
+        self.flush()
+        try:
+            await self._read()
+        except (FloodError, FrameError, Http2Error) as error:
+            self._fail(error)
+        except trio.BrokenResourceError:
+            self.output.give_up()
+        if self._reading.cancelled_caught and not self._refusing and not self.output.broken:
+            if self.guard.in_block:
+                self._log_headless(Reason.HEAD_TIMEOUT, Reason.HEAD_TIMEOUT.status, "")
+            self._close(ErrorCodes.NO_ERROR)
+        # Whoever is still served is served in vain.
+        for stream in list(self._streams.values()):
+            stream.client_gone()
+
+    # What arrives
+
+    async def _read(self) -> None:
+        guard = self.guard
+        with self._reading:
+            self._move_deadline()
+            while not self.output.broken:
+                if self.output.size > _TOO_MUCH_OUTPUT:
+                    await self.output.wait_written(_MAX_OUTPUT)
+                    continue
+                data = await self.stream.receive(READ_SIZE)
+                if not data:
+                    return
+                guard.feed(data)
+                for count, frame in enumerate(guard.frames(trio.current_time()), 1):
+                    for event in self.codec.receive_data(frame):
+                        self._handle(event)
+                    if count % _FRAMES_PER_TURN == 0:
+                        # Tiny frames cost far more than their bytes.
+                        self.flush()
+                        await trio.lowlevel.checkpoint()
+                self._move_deadline()
+                self.pump()
+
+    def _move_deadline(self) -> None:
+        """Limit how long the client may say nothing, where it owes something."""
+        options = self.server.options
+        if self.guard.in_block:
+            if self._block != self.guard.blocks:
+                self._block = self.guard.blocks
+                self._reading.deadline = trio.current_time() + options.head_timeout
+        elif self._streams:
+            self._reading.deadline = math.inf
+        else:
+            # As over HTTP/1.1, a new connection owes a request sooner.
+            patience = options.idle_timeout if self._served else options.head_timeout
+            self._reading.deadline = self._idle_since + patience
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, DataReceived):
+            self._receive_data(event)
+        elif isinstance(event, RequestReceived):
+            self._receive_request(event)
+        elif isinstance(event, StreamEnded):
+            if (stream := self._streams.get(event.stream_id or 0)) is not None:
+                stream.receive_end()
+        elif isinstance(event, TrailersReceived):
+            self._receive_trailers(event)
+        elif isinstance(event, StreamReset):
+            self._receive_reset(event)
+        elif isinstance(event, WindowUpdated):
+            if not event.stream_id:
+                self._queue_all()
+            elif (stream := self._streams.get(event.stream_id)) is not None:
+                self._enqueue(stream)
+        elif isinstance(event, RemoteSettingsChanged):
+            if self.codec.encoder.header_table_size > _TABLE_SIZE:
+                self.codec.encoder.header_table_size = _TABLE_SIZE
+            self._queue_all()  # their windows may have grown
+        elif isinstance(event, PingAckReceived) and event.ping_data == _LAST_CALL_PING:
+            self._ponged.set()
+
+    def _receive_request(self, event: RequestReceived) -> None:
+        stream_id, server, options = event.stream_id, self.server, self.server.options
+        assert stream_id is not None
+        ended = event.stream_ended is not None
+        self._served = True
+        self._idle_since = trio.current_time()
+        if self._refusing:
+            self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            return
+        if self._is_full():
+            self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._count_reset()
+            return
+        if server.streams >= server.max_streams:
+            self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            return
+        try:
+            head = request_head_untrusted(
+                _fields(event.headers),
+                version=b"2.0",
+                ended=ended,
+                max_size=options.max_head_size,
+                max_fields=options.max_headers,
+                websocket_key=websocket_key(),
+            )
+        except MalformedError as error:
+            self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
+            self._log_headless(Reason.BAD_REQUEST, 400, str(error))
+            self._count_reset()
+            return
+        except ProtocolError as error:
+            self._refuse_head(stream_id, error, ended=ended)
+            return
+        stream = H2Stream(self, stream_id, head, ended=ended)
+        self._streams[stream_id] = stream
+        server.streams += 1
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, stream)
+
+    def _is_full(self) -> bool:
+        """Return whether the client has as many requests open as it may have.
+
+        It does not count those that have ended for it, and that only their tasks have not left.
+        """
+        if len(self._streams) < MAX_STREAMS:
+            return False
+        open_now = sum(not (each.complete or each.gone) for each in self._streams.values())
+        return open_now >= MAX_STREAMS or len(self._streams) >= 2 * MAX_STREAMS
+
+    async def _serve(self, stream: H2Stream) -> None:
+        try:
+            await stream.run()
+        finally:
+            self.server.streams -= 1
+            del self._streams[stream.stream_id]
+            if stream.complete:
+                self.guard.answered()
+            if not self._streams:
+                self._idle_since = trio.current_time()
+                self._end_if_done()
+                if not self._reading.cancel_called:
+                    self._move_deadline()
+
+    def _receive_data(self, event: DataReceived) -> None:
+        assert event.stream_id is not None
+        stream = self._streams.get(event.stream_id)
+        wanted = stream is not None and not stream.gone
+        padding = event.flow_controlled_length - (len(event.data) if wanted else 0)
+        if padding:
+            self.codec.acknowledge_received_data(padding, event.stream_id)
+        if stream is not None and wanted:
+            stream.receive_data(event.data)
+
+    def _receive_trailers(self, event: TrailersReceived) -> None:
+        stream = self._streams.get(event.stream_id or 0)
+        if stream is None:
+            return
+        options = self.server.options
+        try:
+            trailers = trailers_untrusted(
+                _fields(event.headers),
+                max_size=options.max_head_size,
+                max_fields=options.max_headers,
+            )
+        except MalformedError:
+            self.reset(stream.stream_id, ErrorCodes.PROTOCOL_ERROR)
+            self._count_reset()
+            stream.client_gone()
+        else:
+            stream.receive_trailers(trailers)
+
+    def _receive_reset(self, event: StreamReset) -> None:
+        """Stop to serve a request: the client has cancelled it, or made the library do so."""
+        stream = self._streams.get(event.stream_id or 0)
+        if stream is not None and not stream.complete:
+            stream.client_gone()
+            self._count_reset()
+
+    def _count_reset(self) -> None:
+        self.guard.reset(trio.current_time())
+
+    def _refuse_head(self, stream_id: int, error: ProtocolError, *, ended: bool) -> None:
+        """Answer a request that can't be served, but could be read."""
+        headers = [(b"Date", self.server.date()), (b"Content-Length", b"0")]
+        self.codec.send_headers(stream_id, response_fields(error.status, headers), end_stream=True)
+        if not ended:
+            self.reset(stream_id, ErrorCodes.NO_ERROR)
+        large = error.status == Reason.HEAD_TOO_LARGE.status
+        reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
+        self._log_headless(reason, error.status, str(error))
+        self._count_reset()
+
+    def _log_headless(self, reason: Reason, status: int, why: str) -> None:
+        """Log and count a request whose head can't be used."""
+        server = self.server
+        server.metrics.request("", b"", status, 0.0)
+        server.metrics.failure("", reason)
+        server.log.debug("Malformed request", client_addr=self.address[0], error=why)
+        log_request(
+            server,
+            self.address,
+            RequestHead(b"", b"", b"2.0", [], 0),
+            status=status,
+            remote=self.address[0].encode(),
+            reason=reason,
+        )
+
+    # What is sent
+
+    def submit(self, stream: H2Stream) -> None:
+        """Let a stream send what it has queued, when it is its turn."""
+        self._enqueue(stream)
+        self.pump()
+
+    def consumed(self, stream_id: int, count: int) -> None:
+        """Let the client send so many more bytes of body."""
+        self.codec.acknowledge_received_data(count, stream_id)
+        self.flush()
+
+    def reset(self, stream_id: int, code: ErrorCodes) -> None:
+        """End a stream, unless it has ended."""
+        stream = self.codec.streams.get(stream_id)
+        if stream is not None and not stream.closed:
+            self.codec.reset_stream(stream_id, code)
+            self.flush()
+
+    def _enqueue(self, stream: H2Stream) -> None:
+        if not stream.in_queue and stream.has_output:
+            stream.in_queue = True
+            self._queue.append(stream)
+
+    def _queue_all(self) -> None:
+        for stream in self._streams.values():
+            self._enqueue(stream)
+
+    def pump(self) -> None:
+        """Frame what the streams have queued, a frame of each in turn, and write it."""
+        queue, output = self._queue, self.output
+        output.add(self.codec.data_to_send())
+        while True:
+            while queue and output.size < _MAX_OUTPUT:
+                stream = queue.popleft()
+                stream.in_queue = False
+                if stream.has_output and not stream.gone and stream.frame_one():
+                    output.add(self.codec.data_to_send())
+                    self._enqueue(stream)
+                # Otherwise it waits for its window, or for something to send.
+            if not queue and output.size < _LITTLE and len(self._streams) > _FEW:
+                output.write_soon()  # the others will say something, too
+                return
+            output.write_nowait()
+            if not queue or output.is_stuck or output.broken:
+                return
+
+    def flush(self) -> None:
+        """Write what the library wants to say."""
+        self.output.add(self.codec.data_to_send())
+        self.output.write_nowait()
+
+    # The end
+
+    def _lose(self, reason: Reason) -> None:
+        """End everything: the connection is broken, or as good as that."""
+        for stream in list(self._streams.values()):
+            stream.lose(reason)
+        self._reading.cancel(reason="the connection is broken")
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the client what it has done, and end."""
+        if isinstance(error, FloodError):
+            self.server.log.warning(
+                "HTTP/2 connection closed", client_addr=self.address[0], error=str(error)
+            )
+            self._close(ErrorCodes.ENHANCE_YOUR_CALM)
+        elif isinstance(error, FrameError):
+            self._close(ErrorCodes(error.code))
+        else:
+            self.flush()  # the library has said it
+        if not isinstance(error, FloodError):
+            self.server.log.debug(
+                "HTTP/2 connection closed", client_addr=self.address[0], error=str(error)
+            )
+
+    def _close(self, code: ErrorCodes) -> None:
+        self._refusing = True
+        self.codec.close_connection(code)
+        self.flush()
+
+    async def _last_call(self) -> None:
+        """Wait for requests that were under way when the drain began, then say which was the last.
+
+        The client's answer to a PING comes after whatever it has sent before it knew.
+        """
+        with trio.move_on_after(_LAST_CALL):
+            await self._ponged.wait()
+        self._refuse_more()
+
+    def _refuse_more(self) -> None:
+        if not self._refusing:
+            self._close(ErrorCodes.NO_ERROR)
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._refusing and not self._streams:
+            self._ponged.set()  # nothing can be under way any more that matters
+            self._reading.cancel(reason="there is nothing more to do")
+
+
+def _fields(headers: Any) -> list[tuple[bytes, bytes]]:
+    """Return received fields as what they are: the library's types allow text as well."""
+    return headers or []

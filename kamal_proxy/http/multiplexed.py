@@ -1,0 +1,609 @@
+"""One request on a stream of a multiplexed connection, HTTP/2 or HTTP/3.
+
+Owns the scope and the deadline of the request, what has arrived of its body and was not taken, and
+what is to be sent and was not framed. Framing and flow control are the subclass's business.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import enum
+import errno
+import hashlib
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from kamal_proxy.http import pages
+from kamal_proxy.http.codec import CHUNKED, ProtocolError
+from kamal_proxy.http.exchange import Exchange
+from kamal_proxy.http.headers import is_lookalike
+from kamal_proxy.http.reasons import ClientGone, Reason, TargetFailed
+from kamal_proxy.http.stream_heads import plain_fields, response_fields
+from kamal_proxy.sockets import READ_SIZE
+
+if TYPE_CHECKING:
+    from kamal_proxy.deployment import Drain
+    from kamal_proxy.http.codec import HeaderPairs, RequestHead
+    from kamal_proxy.http.server import HttpServer
+    from kamal_proxy.http.target_side import Upstream
+    from kamal_proxy.listeners import Address
+
+_ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
+_MAX_QUEUED = 64 * 1024  # bytes from a tunnel that wait for the client to open its window
+_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
+
+
+def websocket_key() -> bytes:
+    """Return a new Sec-WebSocket-Key (RFC 6455 4.1)."""
+    return base64.b64encode(os.urandom(16))
+
+
+def _websocket_accept(key: bytes) -> bytes:
+    return base64.b64encode(hashlib.sha1(key + _WEBSOCKET_GUID, usedforsecurity=False).digest())
+
+
+class Ending(enum.Enum):
+    """How a stream ends other than by the last byte in either direction."""
+
+    DONE = enum.auto()  # answered; nobody will read the rest of the request
+    CANCELLED = enum.auto()
+    FAILED = enum.auto()
+    MALFORMED = enum.auto()
+    REFUSED = enum.auto()  # nothing was done: the client may ask again
+
+
+class MultiplexedConnection(Protocol):
+    """What a stream takes over from its connection; see ``client_side.ClientSide``."""
+
+    server: HttpServer
+    address: Address
+    vouched: bool
+    believed: bool
+    client_ca: bytes | None
+    drain: Drain | None
+
+
+class MultiplexedStream(ABC):
+    """A request: its ``client_side.ClientSide`` and its ``client_side.Downstream`` in one.
+
+    The connection tells it what has arrived (:meth:`receive_data`, :meth:`receive_trailers`,
+    :meth:`receive_end`, :meth:`client_gone`) and that some of its output was sent
+    (:meth:`sent_some`); it tells the connection by the abstract methods.
+
+    Args:
+        connection: The connection.
+        head: The head of the request.
+        ended: Whether it has no body.
+
+    Attributes:
+        heads: Field sections to be sent before anything else, in order.
+        ending: Whether nothing follows what is queued now.
+        trailers_out: Trailers to be sent at the end.
+        ended: Whether the last of the request has arrived.
+        complete: Whether the last of the response was sent; the subclass sets it.
+        gone: Whether the client has given the stream up, or is gone itself.
+    """
+
+    __slots__ = (
+        "_arrival",
+        "_arrived",
+        "_exchange",
+        "_head",
+        "_out",
+        "_out_size",
+        "_progress",
+        "_reason",
+        "_scope",
+        "_trailers",
+        "_tunnelled",
+        "_why_gone",
+        "address",
+        "awaits_continue",
+        "believed",
+        "client_ca",
+        "complete",
+        "drain",
+        "ended",
+        "ending",
+        "gone",
+        "heads",
+        "hidden",
+        "is_cut",
+        "received",
+        "response",
+        "sent",
+        "server",
+        "status",
+        "trailers_out",
+        "vouched",
+    )
+
+    def __init__(
+        self, connection: MultiplexedConnection, head: RequestHead, *, ended: bool
+    ) -> None:
+        self.server = connection.server
+        self.address = connection.address
+        self.vouched = connection.vouched
+        self.believed = connection.believed
+        self.client_ca = connection.client_ca
+        self.drain = connection.drain
+        self._head = head
+        self._scope = trio.CancelScope()
+        self._reason = Reason.IDLE
+        self._exchange: Exchange | None = None
+        # The request
+        self._arrived: list[bytes] = []
+        self._arrival: trio.Event | None = None  # what waits for more
+        self._trailers: HeaderPairs = []
+        self.ended = ended
+        self.received = False
+        self.gone = False
+        self._why_gone = Reason.CLIENT_GONE
+        self.awaits_continue = not ended and head.get(b"expect").lower() == b"100-continue"
+        self.hidden = b""
+        # The response
+        self.heads: deque[HeaderPairs] = deque()
+        self._out: deque[memoryview] = deque()
+        self._out_size = 0
+        self._progress: trio.Event | None = None  # what waits for some to be sent
+        self.ending = False
+        self.trailers_out: HeaderPairs = []
+        self.complete = False
+        self._tunnelled = False
+        self.status = 0
+        self.response: HeaderPairs | None = None
+        self.sent = 0
+        self.is_cut = False
+
+    # What the connection has to do
+
+    @abstractmethod
+    def submit(self) -> None:
+        """Send what is queued, as far as it is possible now; the rest later, by itself."""
+
+    @abstractmethod
+    def consumed(self, count: int) -> None:
+        """Let the client send so many more bytes of body: they were taken."""
+
+    @abstractmethod
+    def abort(self, ending: Ending) -> None:
+        """End the stream now, dropping what is queued."""
+
+    @abstractmethod
+    def keep_alive(self) -> None:
+        """Find out when a silent client has vanished: the stream may be quiet for long."""
+
+    # What the connection tells
+
+    def receive_data(self, data: bytes) -> None:
+        """Take a part of the request's body. Flow control limits what is kept here."""
+        if data and not self.gone:
+            self._arrived.append(data)
+            self._tell_arrival()
+
+    def receive_trailers(self, trailers: HeaderPairs) -> None:
+        """Take the trailers that a target may see; :meth:`receive_end` follows."""
+        self._trailers = trailers
+
+    def receive_end(self) -> None:
+        """Take note that the request has arrived whole."""
+        if self.gone:
+            return
+        self.ended = True
+        self._tell_arrival()
+
+    def client_gone(self) -> None:
+        """Take note that nobody wants the response any more: it is not made any further."""
+        self.lose(Reason.CLIENT_GONE)
+
+    def lose(self, reason: Reason) -> None:
+        """Like :meth:`client_gone`, for another reason than that the client has left."""
+        if self.gone:
+            return
+        self.gone = True
+        self._why_gone = reason
+        self._drop_output()
+        self._take_arrived()
+        self._tell_arrival()
+        self.sent_some()
+        if not self._tunnelled:  # a tunnel ends by itself, as with any broken connection
+            self.cancel(reason)
+
+    def sent_some(self) -> None:
+        """Take note that some of the output was sent, so that the client has not stalled."""
+        if self._progress is not None:
+            self._progress.set()
+            self._progress = None
+
+    @property
+    def has_output(self) -> bool:
+        """Whether something is queued."""
+        return bool(self.heads or self._out or (self.ending and not self.complete))
+
+    @property
+    def queued(self) -> int:
+        """Bytes of body that are queued."""
+        return self._out_size
+
+    def take_output(self, limit: int) -> memoryview:
+        """Return up to ``limit`` queued bytes of body, which are to be sent now."""
+        first = self._out[0]
+        if len(first) <= limit:
+            self._out.popleft()
+            data = first
+        else:
+            data = first[:limit]
+            self._out[0] = first[limit:]
+        self._out_size -= len(data)
+        return data
+
+    # Serving it
+
+    async def run(self) -> None:
+        """Serve the request. The subclass forgets the stream afterwards."""
+        exchange = self._exchange = Exchange(self, self._head)
+        try:
+            # Of a request that was cancelled at once, no target shall hear.
+            stillborn = self._scope.cancel_called
+            if not stillborn:
+                with self._scope:
+                    if self.drain is not None:
+                        exchange.begin_drain(self.drain)
+                    await exchange.run()
+                    if self._tunnelled:
+                        with contextlib.suppress(ClientGone):
+                            await self.send(b"")
+            if stillborn or (self._scope.cancelled_caught and not self.complete):
+                await self._interrupted(exchange)
+        finally:
+            exchange.finish()
+            self._take_arrived()  # what nobody wants must not hold up the other streams
+            self._drop_output()
+            if not self.complete:
+                self.abort(Ending.CANCELLED if self._tunnelled else Ending.FAILED)
+            elif not self.ended:
+                self.abort(Ending.DONE)
+
+    async def _interrupted(self, exchange: Exchange) -> None:
+        reason = self._reason
+        with trio.move_on_after(_ANSWER_TIMEOUT), trio.CancelScope() as self._scope:
+            self._reason = Reason.IDLE
+            # What can't be said any more ends with the stream.
+            with contextlib.suppress(ProtocolError, trio.BrokenResourceError):
+                await exchange.interrupted(reason)
+
+    def begin_drain(self, drain: Drain) -> None:
+        """Take note that the proxy is about to end."""
+        self.drain = drain
+        if self._exchange is not None:
+            self._exchange.begin_drain(drain)
+
+    # A client_side.ClientSide
+
+    def downstream(self, head: RequestHead) -> MultiplexedStream:
+        """Return the client during this request, which is the stream itself."""
+        assert head is self._head
+        return self
+
+    def move_deadline(self, seconds: float, reason: Reason) -> None:
+        """Give what happens next that many seconds from now; see ``client_side.ClientSide``."""
+        if self._reason is Reason.CLIENT_GONE or self._scope.cancel_called:
+            return
+        self._scope.deadline = trio.current_time() + seconds
+        self._reason = reason
+
+    def cancel(self, reason: Reason) -> None:
+        """Interrupt what serves the request."""
+        self._reason = reason
+        self._scope.cancel(reason=reason.name)
+
+    # A client_side.Downstream: the request's body
+
+    @property
+    def trailers(self) -> HeaderPairs:
+        """The request's trailers that a target may see, once it has arrived whole.
+
+        None can follow a body whose length was announced in the head.
+        """
+        if self._head.length != CHUNKED:
+            return []
+        if self._trailers and self.hidden:
+            return [pair for pair in self._trailers if not is_lookalike(pair[0], self.hidden)]
+        return self._trailers
+
+    def take_body(self) -> bytes:
+        """Return what has arrived of the body and was not taken yet.
+
+        Raises:
+            ClientGone: the client has given the stream up; what is left of the body must not pass
+                for the whole of it.
+        """
+        if self.gone:
+            raise ClientGone(self._why_gone)
+        if self._head.protocol:
+            self.received = True  # what arrives is for the tunnel
+            return b""
+        data = self._take_arrived()
+        if data or self.ended:
+            self.awaits_continue = False
+        self.received = self.ended
+        return data
+
+    def take_body_nowait(self) -> bytes:
+        """Like :meth:`take_body`: nothing lies elsewhere."""
+        return self.take_body()
+
+    def _take_arrived(self) -> bytes:
+        arrived = self._arrived
+        if not arrived:
+            return b""
+        data = arrived[0] if len(arrived) == 1 else b"".join(arrived)
+        arrived.clear()
+        self.consumed(len(data))
+        return data
+
+    async def receive_body(self) -> None:
+        """Wait for more of the body; how long that may take is the caller's business.
+
+        Raises:
+            ClientGone: the client has given the stream up.
+        """
+        if self._arrived or self.ended:
+            await trio.lowlevel.checkpoint()
+        elif not self.gone:
+            await self.wait_arrival()
+        if self.gone:
+            raise ClientGone(self._why_gone)
+
+    async def wait_arrival(self) -> None:
+        """Wait until something arrives, be it the end."""
+        if self._arrival is None:
+            self._arrival = trio.Event()
+        await self._arrival.wait()
+
+    def _tell_arrival(self) -> None:
+        if self._arrival is not None:
+            self._arrival.set()
+            self._arrival = None
+
+    async def ask_for_body(self) -> None:
+        """Send 100 Continue to a client that waits for it (RFC 9110 10.1.1)."""
+        if self.awaits_continue:
+            self.awaits_continue = False
+            await self._inform(100, [])
+
+    # The response
+
+    async def inform(self, status: int, reason: bytes, headers: HeaderPairs) -> bool:  # noqa: ARG002
+        """Send a 1xx response; return whether it was the 100 that the client waited for."""
+        await self._inform(status, headers)
+        if status != 100 or not self.awaits_continue:
+            return False  # it may have sent its body meanwhile
+        self.awaits_continue = False
+        return True
+
+    async def _inform(self, status: int, headers: HeaderPairs) -> None:
+        self.heads.append(response_fields(status, headers))
+        await self.send(b"")
+
+    async def switch(self, reason: bytes, headers: HeaderPairs) -> bytes:  # noqa: ARG002
+        """Accept a WebSocket (RFC 8441 5); what the client sends comes from its tunnel end.
+
+        Raises:
+            TargetFailed: the target did not read the handshake.
+        """
+        key = self._head.get(b"sec-websocket-key")
+        accepted = [value for name, value in headers if name.lower() == b"sec-websocket-accept"]
+        if accepted != [_websocket_accept(key)]:
+            raise TargetFailed("WebSocket handshake with a wrong Sec-WebSocket-Accept")
+        fields = [pair for pair in headers if pair[0].lower() != b"sec-websocket-accept"]
+        self._tunnelled = True
+        self._begun(200, fields)
+        self.heads.append(response_fields(200, fields))
+        await self.send(b"")
+        return b""
+
+    def begin(
+        self,
+        status: int,
+        reason: bytes,  # noqa: ARG002
+        headers: HeaderPairs,
+        *,
+        close: bool = False,  # noqa: ARG002
+    ) -> bytes:
+        """Queue the head of the final response.
+
+        Args:
+            status: Its status.
+            reason: Its reason phrase, which no stream carries.
+            headers: Its header fields.
+            close: Nothing to a stream, which ends anyway.
+
+        Raises:
+            ProtocolError: the client would take it for a WebSocket that was accepted.
+        """
+        if self._head.protocol and 200 <= status < 300:
+            raise ProtocolError(f"status {status} in answer to a WebSocket handshake")
+        self._begun(status, headers)
+        self.heads.append(response_fields(status, headers))
+        return b""
+
+    def _begun(self, status: int, headers: HeaderPairs) -> None:
+        self.status = status
+        self.response = headers
+        self.move_deadline(math.inf, Reason.IDLE)
+
+    def body(self, data: bytes) -> bytes:
+        """Queue a part of the response's body."""
+        if data:
+            self._queue(data)
+            self.sent += len(data)
+        return b""
+
+    def _queue(self, data: bytes) -> None:
+        self._out.append(memoryview(data))
+        self._out_size += len(data)
+
+    def end(self, trailers: HeaderPairs | None = None) -> bytes:
+        """Queue the end of the response."""
+        self.ending = True
+        self.trailers_out = plain_fields(trailers) if trailers else []
+        return b""
+
+    async def send(self, data: bytes) -> None:
+        """Send what is queued, giving up when the client takes nothing for too long.
+
+        Raises:
+            ClientGone: the client has given the stream up, or did not take it.
+        """
+        assert not data
+        if self.gone:
+            raise ClientGone(self._why_gone)
+        self.submit()
+        if not self.has_output:
+            return
+        stall = self.server.options.stall_timeout
+        with trio.CancelScope() as scope:
+            while self.has_output and not self.gone:
+                # Anew each time: a client that takes a little at a time has not stalled.
+                scope.deadline = trio.current_time() + stall
+                await self.wait_progress()
+        if self.gone:
+            raise ClientGone(self._why_gone)
+        if scope.cancelled_caught:
+            raise ClientGone(Reason.CLIENT_STALLED)
+
+    async def wait_progress(self) -> None:
+        """Wait until some of the output was sent."""
+        if self._progress is None:
+            self._progress = trio.Event()
+        await self._progress.wait()
+
+    async def answer(
+        self, status: int, body: bytes, headers: HeaderPairs, *, close: bool = False
+    ) -> bool:
+        """Send a whole response; return whether the request had arrived whole.
+
+        Args:
+            status: Its status.
+            body: Its body.
+            headers: Header fields besides Date and Content-Length.
+            close: Nothing to a stream, which ends anyway.
+        """
+        headers = [
+            (b"Date", self.server.date()),
+            *headers,
+            (b"Content-Length", b"%d" % len(body)),
+        ]
+        self.begin(status, pages.reason(status).encode(), headers, close=close)
+        if self._head.method != b"HEAD":
+            self.body(body)
+        self.end()
+        await self.send(b"")
+        self.sent = len(body)
+        return self.received
+
+    def _drop_output(self) -> None:
+        self.heads.clear()
+        self._out.clear()
+        self._out_size = 0
+
+    # The client's leaving: the connection tells, and that ends every wait.
+
+    async def receive_from(self, upstream: Upstream, *, watching: bool) -> None:  # noqa: ARG002
+        """Wait for more from a target."""
+        await upstream.receive(None)
+
+    def watch_from_now(self, upstream: Upstream) -> None:  # noqa: B027
+        """Do nothing: whoever waits for the target is cancelled when the client leaves."""
+
+    async def wait_gone(self) -> None:
+        """Wait for ever: whoever waits is cancelled when the client leaves."""
+        await trio.sleep_forever()
+
+    # Another protocol
+
+    def tunnel_end(self) -> StreamTunnelEnd:
+        """Return the client's end of the tunnel, after :meth:`switch`."""
+        return StreamTunnelEnd(self)
+
+    def take_tunnelled(self) -> bytes:
+        """Return what has arrived of another protocol."""
+        return self._take_arrived()
+
+    def queue_tunnelled(self, data: bytes | memoryview) -> int:
+        """Queue what has to be sent of it and return how many bytes that was."""
+        part = bytes(data[: max(0, _MAX_QUEUED - self._out_size)])
+        if part:
+            self._queue(part)
+            self.submit()
+        return len(part)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more of it can be queued."""
+        return self._out_size >= _MAX_QUEUED
+
+
+class StreamTunnelEnd:
+    """A stream that carries another protocol: a ``tunnel.TunnelEnd``."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: MultiplexedStream) -> None:
+        self._stream = stream
+
+    def _check(self) -> None:
+        if self._stream.gone:
+            raise trio.BrokenResourceError("the client has cancelled the stream")
+
+    async def receive(self, max_bytes: int = READ_SIZE) -> bytes:  # noqa: ARG002
+        """Return what has arrived, or ``b""`` at the end; flow control limits how much it is."""
+        while True:
+            self._check()
+            if data := self._stream.take_tunnelled():
+                return data
+            if self._stream.ended:
+                return b""
+            await self._stream.wait_arrival()
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Send what there is room for and return how many bytes that was."""
+        self._check()
+        return self._stream.queue_tunnelled(data)
+
+    async def wait_writable(self) -> None:
+        """Wait until there is room again."""
+        self._check()
+        if not self._stream.is_full:
+            await trio.lowlevel.checkpoint()
+            return
+        await self._stream.wait_progress()
+
+    async def wait_readable(self) -> bool:
+        """Wait until something has arrived, or the client is gone."""
+        if self._stream.gone:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._stream.wait_arrival()
+        return True
+
+    def shutdown_write(self) -> None:
+        """Send the end of the stream; reading goes on."""
+        self._check()
+        self._stream.end()
+        self._stream.submit()
+
+    def keep_alive(self) -> None:
+        """Find out when a silent client has vanished."""
+        self._stream.keep_alive()
+
+    def connect_error_nowait(self) -> int:
+        """Return an errno once the client is gone."""
+        return errno.ECONNRESET if self._stream.gone else 0

@@ -1,0 +1,198 @@
+"""All that serves the clients of one proxy's web services: HTTP, HTTPS and HTTP/3, as one.
+
+Owns their listeners and the order in which they begin and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import trio
+
+from kamal_proxy import listeners
+from kamal_proxy.http import http3
+from kamal_proxy.http.bodies import Spill
+from kamal_proxy.http.https import HttpsFront
+from kamal_proxy.http.server import HttpServer, connection_limit
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from typing import Self
+
+    from kamal_proxy.certificates import Certificates
+    from kamal_proxy.logs import Log
+    from kamal_proxy.metrics import Metrics
+    from kamal_proxy.options import RunOptions
+    from kamal_proxy.router import RoutingTable
+    from kamal_proxy.sockets import Poller
+
+
+class Web(contextlib.ExitStack):
+    """The web servers of a proxy; a context manager that binds their ports and closes them.
+
+    Args:
+        options: Ports, timeouts and limits.
+        routes: Returns the routing table of this moment.
+        certificates: Those of the services.
+        log: Where requests are logged.
+        metrics: Where they are counted.
+
+    ``__enter__`` raises ListenError for a port that can't be bound, and InvalidOptionsError if
+    HTTP/3 is wanted and its package is missing.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        routes: Callable[[], RoutingTable],
+        certificates: Certificates,
+        log: Log,
+        metrics: Metrics,
+    ) -> None:
+        super().__init__()
+        self._options = options
+        self._routes = routes
+        self._certificates = certificates
+        self._log = log
+        self._metrics = metrics
+        self._spill = Spill(options.spill_directory, options.max_spill, options.max_buffer_memory)
+        self._bound: list[tuple[HttpServer, list[socket.socket]]] = []
+        self._front: HttpsFront | None = None
+        self._http3: http3.Http3Server | None = None
+        self._http3_scope = trio.CancelScope()
+
+    def __enter__(self) -> Self:
+        """Bind the ports."""
+        options = self._options
+        super().__enter__()
+        with contextlib.ExitStack() as undo:
+            undo.push(self)
+            self._bind("http", options.http_port)
+            if options.https_port is not None:
+                https = self._bind("https", options.https_port)
+                self._front = HttpsFront(https, self._certificates.selection)
+                if options.http3:
+                    self._bind_quic(https)
+            undo.pop_all()
+        self._register_gauges()
+        return self
+
+    @property
+    def http_port(self) -> int:
+        """The port that HTTP is served on."""
+        return self._bound[0][0].port
+
+    @property
+    def https_port(self) -> int:
+        """The port that HTTPS is served on; 0 if it is not."""
+        return self._bound[1][0].port if len(self._bound) > 1 else 0
+
+    def _bind(self, scheme: str, port: int) -> HttpServer:
+        sockets = listen(self._options, port, self)
+        server = HttpServer(
+            self._options,
+            self._routes,
+            self._log,
+            self._metrics,
+            self._spill,
+            sockets[0].getsockname()[1],
+            scheme,
+            self._certificates.validate,
+        )
+        self._bound.append((server, sockets))
+        return server
+
+    def _bind_quic(self, https: HttpServer) -> None:
+        sockets = http3.listen(self._options.bind, https.port)
+        for sock in sockets:
+            self.enter_context(contextlib.closing(sock))
+        https.alt_svc = http3.alt_svc(https.port)
+        self._http3 = http3.Http3Server(
+            https,
+            sockets,
+            self._certificates.selection.certificate_for,
+            connection_limit(self._options.max_connections),
+        )
+
+    async def accept(self, poller: Poller, clients: trio.Nursery) -> None:
+        """Take connections into ``clients`` until cancelled; those of HTTP/3 until :meth:`abort`."""
+        limiter = trio.Semaphore(connection_limit(self._options.max_connections, self._log))
+        if self._http3 is not None:
+            await clients.start(self._run_http3, self._http3)
+        async with trio.open_nursery() as acceptors:
+            for server, sockets in self._bound:
+                handle = server.handle
+                if server.scheme == "https" and self._front is not None:
+                    handle = self._front.handle
+                    acceptors.start_soon(self._front.report)
+                acceptors.start_soon(server.accept, sockets, poller, clients, limiter, handle)
+
+    async def _run_http3(
+        self, server: http3.Http3Server, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        with self._http3_scope:
+            await server.run(task_status=task_status)
+
+    def close_idle(self, deadline: float) -> None:
+        """Begin to shut down: listeners and idle connections close now, others after their request.
+
+        Args:
+            deadline: When those that are left are aborted, on Trio's clock.
+        """
+        for server, sockets in self._bound:
+            for sock in sockets:
+                sock.close()
+            if server.scheme == "https":
+                if self._front is not None:
+                    self._front.close()
+                if self._http3 is not None:
+                    self._http3.close()
+            server.close_idle(deadline)
+
+    async def wait_closed(self) -> None:
+        """Wait until the last connection has ended after :meth:`close_idle`."""
+        for server, _ in self._bound:
+            await server.wait_closed()
+
+    def abort(self) -> None:
+        """Interrupt the requests that are still being served, and end HTTP/3."""
+        for server, _ in self._bound:
+            server.abort()
+        self._http3_scope.cancel(reason="the proxy stops")
+
+    def _register_gauges(self) -> None:
+        servers = [server for server, _ in self._bound]
+        for name, text, read in (
+            (
+                "kamal_proxy_http_open_connections",
+                "Client connections that are open now.",
+                lambda: sum(server.connections for server in servers),
+            ),
+            (
+                "kamal_proxy_spill_bytes",
+                "Bytes of buffered bodies on disk, or on their way there.",
+                lambda: self._spill.spilled,
+            ),
+            (
+                "kamal_proxy_buffer_memory_bytes",
+                "Bytes of buffered bodies in memory now.",
+                lambda: self._spill.memory,
+            ),
+        ):
+            self._metrics.gauge(name, text, read)
+
+
+def listen(options: RunOptions, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Bind one port on the proxy's addresses, or on all if it has none, until the stack is closed.
+
+    Raises:
+        ListenError: naming the address and what to do.
+    """
+    bound: list[socket.socket] = []
+    for address in options.bind or ("",):
+        # A port that the kernel chooses is chosen once.
+        sock = listeners.listen_tcp(address, port or (bound[0].getsockname()[1] if bound else 0))
+        bound.append(stack.enter_context(contextlib.closing(sock)))
+    return bound

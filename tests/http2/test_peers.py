@@ -1,0 +1,121 @@
+"""Clients that others wrote, over TLS and a whole proxy."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import attrs
+import pytest
+import trio
+
+from kamal_proxy.options import ServiceOptions
+from tests.certificates import make_ca
+from tests.http2.clients import H2Client
+from tests.running import open_embedded
+from tests.scripted import LOCALHOST, deploy_options, ok, reply
+from tests.secure import client_context
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.running import Embedded
+    from tests.scripted import Upstream
+
+AUTHORITY = make_ca()
+
+
+@pytest.fixture
+async def proxy(upstream: Upstream, tmp_path: Path) -> AsyncIterator[Embedded]:
+    """Return a proxy with a service for ``localhost``."""
+    chain, key = AUTHORITY.issue("localhost").write(tmp_path)
+    options = attrs.evolve(
+        deploy_options("web", [upstream]),
+        service_options=ServiceOptions(
+            hosts=("localhost",),
+            tls_enabled=True,
+            tls_certificate_path=chain,
+            tls_private_key_path=key,
+        ),
+    )
+    async with open_embedded(https_port=0) as embedded:
+        await embedded.deploy(options)
+        yield embedded
+
+
+async def run(command: str, *arguments: str) -> str:
+    """Run a client and return what it has written."""
+    path = shutil.which(command)
+    if path is None:
+        pytest.skip(f"{command} is not installed")
+    with trio.fail_after(30):
+        done = await trio.run_process([path, *arguments], capture_stdout=True, capture_stderr=True)
+    return done.stdout.decode()
+
+
+async def test_the_h2_library_inside_tls(proxy: Embedded) -> None:
+    context = client_context(AUTHORITY, alpn=("h2", "http/1.1"))
+    async with await trio.open_tcp_stream(LOCALHOST, proxy.proxy.https_port) as stream:
+        tls = trio.SSLStream(stream, context, server_hostname="localhost", https_compatible=True)
+        await tls.do_handshake()
+        assert tls.selected_alpn_protocol() == "h2"
+        client = H2Client(tls)
+        await client.open()
+        for _ in range(3):
+            answer = await client.get(host=b"localhost")
+            assert (answer.status, bytes(answer.body)) == (200, b"hello")
+    first = (await proxy.lines.wait_requests(3))[0]
+    assert (first["proto"], first["scheme"]) == ("HTTP/2.0", "https")
+
+
+async def test_a_client_that_reads_slowly_inside_tls_gets_every_byte(
+    proxy: Embedded, upstream: Upstream
+) -> None:
+    body = bytes(range(256)) * 40_000
+    upstream.script(reply(ok(body)))
+    context = client_context(AUTHORITY, alpn=("h2",))
+    async with await trio.open_tcp_stream(LOCALHOST, proxy.proxy.https_port) as stream:
+        tls = trio.SSLStream(stream, context, server_hostname="localhost", https_compatible=True)
+        await tls.do_handshake()
+        client = H2Client(tls, initial_window_size=2**30)
+        await client.open()
+        client.codec.increment_flow_control_window(2**30)
+        large = await client.request(host=b"localhost")
+        with trio.move_on_after(0.2):
+            await trio.sleep_forever()  # whatever the kernels hold is full now
+        # What it asks for meanwhile is looked at nevertheless.
+        await client.request(b"/small", host=b"localhost")
+        assert (await upstream.wait_requests(1)).target == b"/small"
+        assert bytes((await client.answer(large)).body) == body
+
+
+async def test_curl(proxy: Embedded) -> None:
+    url = f"https://localhost:{proxy.proxy.https_port}/a"
+    upload = "u" * 300_000
+    arguments = (
+        "-sS",
+        "-k",
+        "--http2",
+        "--max-time",
+        "20",
+        "-w",
+        " %{http_version} %{http_code}\n",
+    )
+    shown = await run("curl", *arguments, "--data-binary", upload[:100_000], url, url)
+    assert shown.split() == ["hello", "2", "200"] * 2
+    assert proxy.lines.requests[0]["req_content_length"] == 100_000
+
+
+async def test_nghttp(proxy: Embedded) -> None:
+    url = f"https://localhost:{proxy.proxy.https_port}/"
+    shown = await run("nghttp", "-v", "--no-verify-peer", url)
+    assert "hello" in shown
+    assert "END_STREAM" in shown
+    assert "error_code=NO_ERROR" in shown
+
+
+async def test_h2load(proxy: Embedded) -> None:
+    url = f"https://localhost:{proxy.proxy.https_port}/"
+    shown = await run("h2load", "-n", "200", "-c", "2", "-m", "20", url)
+    assert "200 succeeded, 0 failed, 0 errored" in shown
