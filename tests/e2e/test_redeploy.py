@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 import attrs
+import pytest
 import trio
 
+from tests.certificates import make_ca
 from tests.running import open_instance
 from tests.scripted import Client, Response, open_client
+from tests.secure import client_context, open_secure
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
+    from pathlib import Path
 
     from tests.running import Command, Instance
 
-SWITCHES = 6
 UPLOAD = bytes(range(256)) * 1024
 
 
@@ -24,7 +29,7 @@ UPLOAD = bytes(range(256)) * 1024
 class Load:
     """Clients that send request after request, and judge each answer as it comes."""
 
-    port: int
+    connect: Callable[[], AbstractAsyncContextManager[Client]]
     #: Instances that may answer at each moment; a deploy appends a new moment.
     moments: list[frozenset[str]]
     requests: int = 0
@@ -36,14 +41,14 @@ class Load:
 
     async def run(self, name: str, ask: Callable[[Client], Awaitable[Response]]) -> None:
         """Be one client on one connection until told to stop."""
-        async with open_client(self.port) as client:
+        async with self.connect() as client:
             while not self.stopping:
                 await self.ask(name, client, ask)
 
     async def run_fresh(self, name: str, ask: Callable[[Client], Awaitable[Response]]) -> None:
         """Be a client that opens a connection for each request."""
         while not self.stopping:
-            async with open_client(self.port) as client:
+            async with self.connect() as client:
                 await self.ask(name, client, ask)
 
     async def ask(
@@ -76,15 +81,15 @@ class Load:
 
 
 async def small(client: Client) -> Response:
-    return await client.get("/small")
+    return await client.get("/small", "a")
 
 
 async def slow(client: Client) -> Response:
-    return await client.get("/slow?ms=700")
+    return await client.get("/slow?ms=700", "a")
 
 
 async def stream(client: Client) -> Response:
-    response = await client.get("/stream?parts=7&ms=100")
+    response = await client.get("/stream?parts=7&ms=100", "a")
     lines = response.body.splitlines()
     name = lines[0].split()[0]
     assert lines == [name + b" %d" % part for part in range(7)]  # by one instance, and whole
@@ -120,11 +125,26 @@ def require_received(response: Response) -> None:
 LONG = {"slow": slow, "stream": stream, "upload": upload}
 
 
-async def test_redeploys_under_load(command: Command) -> None:
+@pytest.mark.parametrize(("secure", "switches"), [(False, 6), (True, 3)], ids=["http", "https"])
+async def test_redeploys_under_load(
+    command: Command, tmp_path: Path, secure: bool, switches: int
+) -> None:
+    def connect() -> AbstractAsyncContextManager[Client]:
+        if secure:
+            return open_secure(command.https_port, "a", context)
+        return open_client(command.port)
+
+    flags: list[str] = []
+    if secure:
+        authority = make_ca()
+        context = client_context(authority)
+        certificate, key = authority.issue("a").write(tmp_path)
+        flags = ["--host=a", "--tls", f"--tls-certificate-path={certificate}"]
+        flags += [f"--tls-private-key-path={key}"]
     async with trio.open_nursery() as instances:
-        load = Load(command.port, [frozenset({"v0"})])
+        load = Load(connect, [frozenset({"v0"})])
         current = await instances.start(live, "v0")
-        await command.deploy("web", f"--target={current.target}")
+        await command.deploy("web", f"--target={current.target}", *flags)
         async with trio.open_nursery() as clients:
             for number in range(3):
                 clients.start_soon(load.run, f"small {number}", small)
@@ -132,11 +152,11 @@ async def test_redeploys_under_load(command: Command) -> None:
             clients.start_soon(load.run, "post", post)
             for name, ask in LONG.items():
                 clients.start_soon(load.run, name, ask)
-            for switch in range(1, SWITCHES + 1):
+            for switch in range(1, switches + 1):
                 following = await instances.start(live, f"v{switch}")
                 await load.wait_in_flight(*LONG)
                 load.moments.append(frozenset({current.name, following.name}))
-                await command.deploy("web", f"--target={following.target}")
+                await command.deploy("web", f"--target={following.target}", *flags)
                 load.moments.append(frozenset({following.name}))
                 await current.kill()
                 current = following
@@ -144,7 +164,7 @@ async def test_redeploys_under_load(command: Command) -> None:
         instances.cancel_scope.cancel()
 
     assert load.failures == []
-    for switch in range(SWITCHES):
+    for switch in range(switches):
         # The drain means something only if requests were in flight when it began.
         during, after = 2 * switch + 1, 2 * switch + 2
         carried = {name for name, moment in load.carried if moment in (during, after)}

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 import trio
 
+from tests.e2e.browser import needs_browser, open_browser
 from tests.e2e.media_room import counts_of, open_media_room
-from tests.e2e.programs import open_program
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from pathlib import Path
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 OLD, NEW = "127.0.0.2", "127.0.0.3"
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--remote-debugging-port=0",
+MICROPHONE = (
     "--autoplay-policy=no-user-gesture-required",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
     "--allow-loopback-in-peer-connection",
 )
-
-
-@asynccontextmanager
-async def open_browser(url: str) -> AsyncIterator[None]:
-    """Let a browser open a page; it has a microphone that beeps."""
-    assert BROWSER is not None
-    # Its helper processes may still write when it has ended.
-    with tempfile.TemporaryDirectory(prefix="kp-", ignore_cleanup_errors=True) as home:
-        command = (BROWSER, *FLAGS, f"--user-data-dir={home}", url)
-        async with open_program(Path(home), *command) as browser:
-            yield
-            browser.process.terminate()
-            await browser.process.wait()
 
 
 async def wait_received(target: str, packets: int) -> int:
@@ -58,7 +30,7 @@ async def wait_received(target: str, packets: int) -> int:
         await trio.sleep(0.05)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+@needs_browser
 async def test_a_browser_keeps_its_call(directory: Path) -> None:
     async with (
         open_media_room(directory) as meet,
@@ -67,7 +39,7 @@ async def test_a_browser_keeps_its_call(directory: Path) -> None:
     ):
         await meet.deploy_media(old)
         await meet.deploy_signalling(old)
-        async with open_browser(f"http://127.0.0.1:{meet.command.port}/#call"):
+        async with open_browser(f"http://127.0.0.1:{meet.command.port}/#call", *MICROPHONE):
             await wait_received(old, 50)
             await meet.deploy_media(old, new)
             await meet.deploy_signalling(new)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
-import tempfile
 from contextlib import asynccontextmanager
 from functools import partial
-from subprocess import DEVNULL
 from typing import TYPE_CHECKING
 
 import attrs
@@ -27,6 +23,7 @@ from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, CloseConnection, TextMessage
 from wsproto.extensions import PerMessageDeflate
 
+from tests.e2e.browser import needs_browser, open_browser
 from tests.running import open_command
 from tests.scripted import open_upstream
 
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 MEGABYTE = 1024 * 1024
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @asynccontextmanager
@@ -276,43 +272,7 @@ class Application:
                     return
 
 
-@asynccontextmanager
-async def open_browser(url: str) -> AsyncIterator[None]:
-    """Show a page in Chromium, without a window, for the length of a block."""
-    assert BROWSER is not None
-    # Its helper processes may still write when it has ended.
-    with tempfile.TemporaryDirectory(prefix="kp-", ignore_cleanup_errors=True) as home:
-        browser = await trio.lowlevel.open_process(
-            [
-                BROWSER,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--disable-dev-shm-usage",
-                "--remote-debugging-port=0",
-                f"--user-data-dir={home}",
-                url,
-            ],
-            env={**os.environ, "HOME": home},
-            stdout=DEVNULL,
-            stderr=DEVNULL,
-        )
-        try:
-            yield
-        finally:
-            browser.terminate()
-            with trio.CancelScope(shield=True), trio.move_on_after(5):
-                await browser.wait()
-            if browser.returncode is None:
-                browser.kill()
-
-
-@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+@needs_browser
 async def test_a_browser_reconnects_to_the_new_target(command: Command) -> None:
     old, new = Application("old"), Application("new")
     async with open_upstream(old) as first, open_upstream(new) as second:
