@@ -9,8 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kamal_proxy.control.messages import Event, ServiceDescription
+    from kamal_proxy.control.messages import CertificateDescription, Event, ServiceDescription
     from kamal_proxy.errors import (
+        AcmeError,
+        CertificateError,
+        CertificateNotFoundError,
+        CertificateStoreError,
         DeployFailedError,
         ErrorPagesError,
         HostConflictError,
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
         StateError,
     )
     from kamal_proxy.options import (
+        AcmeOptions,
         DeploymentOptions,
         DeployOptions,
         HealthCheckOptions,
@@ -48,6 +53,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AcmeError",
+    "AcmeOptions",
+    "CertificateDescription",
+    "CertificateError",
+    "CertificateNotFoundError",
+    "CertificateStoreError",
     "DeployFailedError",
     "DeployOptions",
     "DeploymentOptions",
@@ -83,8 +94,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "kamal_proxy.control.messages": ("Event", "ServiceDescription"),
+    "kamal_proxy.control.messages": ("CertificateDescription", "Event", "ServiceDescription"),
     "kamal_proxy.errors": (
+        "AcmeError",
+        "CertificateError",
+        "CertificateNotFoundError",
+        "CertificateStoreError",
         "DeployFailedError",
         "ErrorPagesError",
         "HostConflictError",
@@ -98,6 +113,7 @@ _HOMES = {
         "StateError",
     ),
     "kamal_proxy.options": (
+        "AcmeOptions",
         "DeployOptions",
         "DeploymentOptions",
         "HealthCheckOptions",

@@ -57,6 +57,7 @@ class Certificates:
         path = options.certificates_path
         self._path = "" if path is None else str(path)
         self._routes = routes
+        self._needed = options.https_port is not None
         self._issuer = Issuer(options.acme, log, metrics)
         self.selection = Selection(routes, self._issuer, OnDemand(ask, log), self._authority)
 
@@ -86,6 +87,7 @@ class Certificates:
                 if service.tls is not None and not service.tls.has_own_certificate
                 if "/" in service.options.path_prefixes
                 for host in service.options.hosts
+                if self._needed
             }
         )
 

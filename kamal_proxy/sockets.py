@@ -367,12 +367,17 @@ class SocketStream(Reader):
         if events & _HUNG_UP:
             self._hung_up = True
             if self._watcher is not None and self.at_eof_nowait():
-                trio.lowlevel.reschedule(self._watcher._take_reader(), outcome.Value(False))
-        if events & _READABLE:
-            self.wake_reader()
+                self.wake_watcher()
+        if events & _READABLE and self._reader is not None:
+            trio.lowlevel.reschedule(self._take_reader(), outcome.Value(True))
         if events & _WRITABLE and self._writer is not None:
             task, self._writer = self._writer, None
             trio.lowlevel.reschedule(task)
+
+    def wake_watcher(self) -> None:
+        """End the wait of whoever watches this stream, if anybody does: it has hung up."""
+        if self._watcher is not None:
+            self._watcher.wake_reader(readable=False)
 
     def _socket(self) -> socket.socket:
         if self._sock is None:
@@ -380,7 +385,8 @@ class SocketStream(Reader):
         return self._sock
 
     def _require_open(self) -> None:
-        self._socket()
+        if self._sock is None:
+            raise trio.ClosedResourceError("this stream was closed")
 
     async def _take_turn(self) -> None:
         # Before the system call, so that a cancellation never loses what it has done.

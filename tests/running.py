@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from kamal_proxy import DeployOptions, Proxy, RunOptions, open_proxy
+from kamal_proxy.options import AcmeOptions
 from kamal_proxy.sockets import Poller, SocketStream
 from tests.scripted import fail_hanging_test
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 INSTANCE = Path(__file__).with_name("instance.py")
+# No test may ask a real certificate authority for anything.
+NO_AUTHORITY = "https://127.0.0.1:1/dir"
 START_LIMIT = 30.0  # seconds; a hang must fail a test, not the whole run
 STOP_LIMIT = 15.0
 
@@ -184,7 +187,12 @@ async def open_embedded(**options: Any) -> AsyncIterator[Embedded]:
     """
     poller = _CountingPoller()
     lines = Lines()
-    settings: dict[str, Any] = {"http_port": 0, "bind": "127.0.0.1", "shutdown_timeout": 2.0}
+    settings: dict[str, Any] = {
+        "http_port": 0,
+        "bind": "127.0.0.1",
+        "shutdown_timeout": 2.0,
+        "acme": AcmeOptions(directory=NO_AUTHORITY),
+    }
     with ExitStack() as patched:
         patched.enter_context(patch("kamal_proxy.proxy.Poller", return_value=poller))
         async with (
@@ -270,7 +278,12 @@ def environment(directory: Path, extra: Mapping[str, str] | None = None) -> dict
         if not name.startswith("KAMAL_PROXY_")
         and name not in ("DEBUG", "HTTP_PORT", "HTTPS_PORT", "METRICS_PORT", "UDP_PORT", "TMPDIR")
     }
-    own = {"HOME": str(directory), "XDG_RUNTIME_DIR": str(directory), "PYTHONPATH": str(ROOT)}
+    own = {
+        "HOME": str(directory),
+        "XDG_RUNTIME_DIR": str(directory),
+        "PYTHONPATH": str(ROOT),
+        "KAMAL_PROXY_ACME_DIRECTORY": NO_AUTHORITY,
+    }
     return clean | own | dict(extra or {})
 
 

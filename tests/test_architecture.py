@@ -47,6 +47,7 @@ PURE = {
     "http.codec",
     "http.cookies",
     "http.forwarded",
+    "http.h2_codec",
     "http.h2_fields",
     "http.h2_frames",
     "http.h2_guard",

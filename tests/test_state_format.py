@@ -384,7 +384,7 @@ limits = st.integers(0, 2**63 - 1)
 seconds = st.integers(0, 10**15).map(lambda nanoseconds: nanoseconds / 10**9)
 more_seconds = st.integers(1, 10**15).map(lambda nanoseconds: nanoseconds / 10**9)
 targets = st.lists(
-    st.from_regex(r"(h2c://)?[A-Za-z0-9_][-_.A-Za-z0-9+]{1,20}(:80)?", fullmatch=True), max_size=3
+    st.from_regex(r"(h2c://)?[A-Za-z0-9_][-_.A-Za-z0-9+]{1,20}(:80)?", fullmatch=True), max_size=2
 ).map(tuple)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),

@@ -32,10 +32,10 @@ def list_certificates(
     rows = [("Host", "From", "State", "Issuer", "Expires", "Renewal")]
     rows.extend(
         (
-            certificate.host,
+            printable(certificate.host),
             certificate.source,
             certificate.state,
-            certificate.issuer or "-",
+            printable(certificate.issuer) or "-",
             _moment(certificate.not_after),
             _moment(certificate.next_attempt or certificate.renew_at),
         )

@@ -25,6 +25,7 @@ from kamal_proxy.control.messages import (
     to_json,
 )
 from kamal_proxy.errors import (
+    CertificateNotFoundError,
     ControlSocketError,
     InvalidOptionsError,
     KamalProxyError,
@@ -106,6 +107,8 @@ class ControlClient:
             CertificateNotFoundError: no certificate is obtained for that host.
             KamalProxyError: the certificate authority refuses, or the proxy can't be reached.
         """
+        if not host:
+            raise CertificateNotFoundError("no certificate is obtained for an empty name")
         path = f"/certificates/{quote(host, safe='', errors='surrogateescape')}/renew"
         with self._call("POST", path, patient=True):
             pass

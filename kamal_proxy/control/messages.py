@@ -78,7 +78,7 @@ class CertificateDescription:
     """One row of ``certs list``.
 
     Attributes:
-        host: The host that it is for; of a service's own, the first of its names.
+        host: The host that it is for; of a service's own, all of its hosts, with commas.
         names: The names in it; none if there is no certificate yet.
         source: ``file`` for a service's own, else ``acme``.
         state: ``valid``, ``obtaining`` (the first one), ``failing`` (the last attempt did, but the

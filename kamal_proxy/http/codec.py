@@ -388,7 +388,7 @@ class ClientCodec(_Messages):
         """Frame the end of the body to send; a body of a length has no trailers."""
         if trailers and any(name.lower() == b"content-length" for name, _ in self._sent):
             trailers = None  # from a client that speaks a version in which it may have both
-        return super().end(trailers)
+        return self._write(h11.EndOfMessage, headers=trailers or [])
 
     def next_response(self) -> ResponseHead | None:
         """Return the head of the next response, 1xx or final, or None when more data is needed.

@@ -276,7 +276,10 @@ class Exchange:
                     failed.add(target)
                     metrics.connect(service.name, ok=False)
                     continue
-                metrics.connect(service.name, ok=True)
+                if upstream.opened:
+                    metrics.connect(service.name, ok=True)
+                else:
+                    metrics.reuse(service.name)
             try:
                 return await self._converse(admission, upstream, service, target, response_timeout)
             except StaleConnection as error:

@@ -13,9 +13,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import trio
-from h2.config import H2Configuration
-from h2.connection import ConnectionInputs, H2ConnectionStateMachine
-from h2.connection import H2Connection as Codec
 from h2.errors import ErrorCodes
 from h2.events import (
     DataReceived,
@@ -29,10 +26,10 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import ProtocolError as Http2Error
-from h2.settings import SettingCodes, Settings
 
 from kamal_proxy.http.access_log import log_request
 from kamal_proxy.http.codec import ProtocolError, RequestHead
+from kamal_proxy.http.h2_codec import CONNECTION_WINDOW, MAX_STREAMS, SPACE_FOR_ERRORS, ServerCodec
 from kamal_proxy.http.h2_guard import FloodError, FrameError, FrameGuard
 from kamal_proxy.http.h2_output import Output
 from kamal_proxy.http.h2_stream import H2Stream
@@ -52,10 +49,6 @@ if TYPE_CHECKING:
     from kamal_proxy.listeners import Address
     from kamal_proxy.sockets import SocketStream
 
-MAX_STREAMS = 100  # requests at once on one connection
-STREAM_WINDOW = 128 * 1024  # bytes of a request's body that wait to be taken
-CONNECTION_WINDOW = 512 * 1024  # bytes of all requests' bodies that do
-
 _MAX_OUTPUT = 64 * 1024  # bytes of responses that wait for the socket
 # With them come answers to what the client sends; when they are many, it is not read any further.
 _TOO_MUCH_OUTPUT = 2 * _MAX_OUTPUT
@@ -68,56 +61,6 @@ _LAST_CALL = 1.0  # seconds for requests that were sent before the client heard 
 _LAST_CALL_PING = b"lastcall"
 _LINGER = 5.0  # seconds after which a client has read the last response
 _END_TIMEOUT = 5.0  # seconds for what is left to be said at the end
-_SPACE_FOR_ERRORS = 2  # a head that is too large is answered if it is not larger by this factor
-
-
-class _StateMachine(H2ConnectionStateMachine):
-    """The library's, without its belief that nothing follows a GOAWAY (RFC 9113 6.8)."""
-
-    def process_input(self, input_: ConnectionInputs) -> list[Event]:
-        if input_ in (ConnectionInputs.SEND_GOAWAY, ConnectionInputs.RECV_GOAWAY):
-            return []
-        return super().process_input(input_)
-
-
-class _Codec(Codec):
-    """The library's connection, with a few of its habits changed."""
-
-    # Enough for frames that were under way when a stream ended; each takes memory.
-    MAX_CLOSED_STREAMS = 10 * MAX_STREAMS
-
-    def __init__(self, max_head_size: int) -> None:
-        # Fields are checked, strictly, where heads are made of them: what is wrong there concerns
-        # one stream, not the connection.
-        super().__init__(
-            H2Configuration(
-                client_side=False,
-                validate_inbound_headers=False,
-                normalize_inbound_headers=False,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-            )
-        )
-        self.state_machine = _StateMachine()
-        self.local_settings = Settings(
-            client=False,
-            initial_values={
-                SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
-                SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-                SettingCodes.MAX_HEADER_LIST_SIZE: max_head_size,
-                SettingCodes.ENABLE_CONNECT_PROTOCOL: 1,
-            },
-        )
-        self.decoder.max_header_list_size = _SPACE_FOR_ERRORS * max_head_size
-
-    @property
-    def open_inbound_streams(self) -> int:
-        """Pretend that there are none: one too many costs its stream, not the connection."""
-        _ = super().open_inbound_streams  # forgets those that are closed
-        return 0
-
-    def clear_outbound_data_buffer(self) -> None:
-        """Do nothing: what is to be sent is still to be sent after the client's GOAWAY."""
 
 
 class H2Connection:
@@ -175,8 +118,8 @@ class H2Connection:
         self.client_ca = stream.client_ca
         self.drain: Drain | None = None
         limit = server.options.max_head_size
-        self.codec = _Codec(limit)
-        self.guard = FrameGuard(_SPACE_FOR_ERRORS * limit, trio.current_time())
+        self.codec = ServerCodec(limit)
+        self.guard = FrameGuard(SPACE_FOR_ERRORS * limit, trio.current_time())
         self._streams: dict[int, H2Stream] = {}
         self._served = False  # a request has come
         self._idle_since = trio.current_time()
@@ -272,8 +215,9 @@ class H2Connection:
                     return
                 guard.feed(data)
                 for count, frame in enumerate(guard.frames(trio.current_time()), 1):
-                    for event in self.codec.receive_data(frame):
+                    for event in self.codec.receive_frame(frame):
                         self._handle(event)
+                    self.output.add(self.codec.data_to_send())
                     if count % _FRAMES_PER_TURN == 0:
                         # Tiny frames cost far more than their bytes.
                         self.flush()
@@ -330,7 +274,7 @@ class H2Connection:
             return
         if self._is_full():
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
-            self._count_reset()
+            self.count_reset()
             return
         if server.streams >= server.max_streams:
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
@@ -347,7 +291,7 @@ class H2Connection:
         except MalformedError as error:
             self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
             self._log_headless(Reason.BAD_REQUEST, 400, str(error))
-            self._count_reset()
+            self.count_reset()
             return
         except ProtocolError as error:
             self._refuse_head(stream_id, error, ended=ended)
@@ -405,7 +349,7 @@ class H2Connection:
             )
         except MalformedError:
             self.reset(stream.stream_id, ErrorCodes.PROTOCOL_ERROR)
-            self._count_reset()
+            self.count_reset()
             stream.client_gone()
         else:
             stream.receive_trailers(trailers)
@@ -415,9 +359,14 @@ class H2Connection:
         stream = self._streams.get(event.stream_id or 0)
         if stream is not None and not stream.complete:
             stream.client_gone()
-            self._count_reset()
+            self.count_reset()
 
-    def _count_reset(self) -> None:
+    def count_reset(self) -> None:
+        """Note that a request ended without its answer, and that it was the client's doing.
+
+        Raises:
+            FloodError: that happens too often.
+        """
         self.guard.reset(trio.current_time())
 
     def _refuse_head(self, stream_id: int, error: ProtocolError, *, ended: bool) -> None:
@@ -429,7 +378,7 @@ class H2Connection:
         large = error.status == Reason.HEAD_TOO_LARGE.status
         reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
         self._log_headless(reason, error.status, str(error))
-        self._count_reset()
+        self.count_reset()
 
     def _log_headless(self, reason: Reason, status: int, why: str) -> None:
         """Log and count a request whose head can't be used."""

@@ -106,6 +106,7 @@ class H2Pool:
                 return connection.take(reused=False)
         while True:
             attempt = self._attempt
+            opened = attempt is None
             if attempt is None:
                 if self._nursery is None:
                     raise ConnectError("the targets were replaced")
@@ -117,7 +118,7 @@ class H2Pool:
             # The one that was opened comes last; others who waited may have taken all of it.
             for connection in reversed(self._connections):
                 if connection.room > 0:
-                    return connection.take(reused=False)
+                    return connection.take(reused=False, opened=opened)
 
     def trim(self) -> None:
         """Close the connections that have carried no request for too long."""
@@ -151,6 +152,8 @@ class H2Pool:
                 self._connections.remove(connection)
         except ConnectError as error:
             self._finish(attempt, str(error))
+        except Exception as error:  # a bug must cost one connection, not the deployment
+            self._finish(attempt, f"internal error: {error!r}")
         finally:
             self._finish(attempt, "the targets were replaced")
 

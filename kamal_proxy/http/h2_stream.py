@@ -61,6 +61,8 @@ class H2Stream(MultiplexedStream):
         """End the stream with RST_STREAM unless the client did."""
         if not self.gone:
             self._connection.reset(self.stream_id, ERROR_CODES[ending])
+        if ending is Ending.MALFORMED:
+            self._connection.count_reset()
 
     def keep_alive(self) -> None:
         """Find out when a silent client has vanished."""

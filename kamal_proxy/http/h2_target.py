@@ -129,13 +129,14 @@ class H2TargetConnection:
         """Whether the target takes other protocols on its streams (RFC 8441 3)."""
         return bool(self._h2.remote_settings.enable_connect_protocol)
 
-    def take(self, *, reused: bool) -> H2Upstream:
+    def take(self, *, reused: bool, opened: bool = False) -> H2Upstream:
         """Begin a request, for which there must be room; it must be released.
 
         Args:
             reused: Whether it is not certain that the connection is still alive.
+            opened: Whether it was opened for this request.
         """
-        upstream = H2Upstream(self, reused=reused)
+        upstream = H2Upstream(self, reused=reused, opened=opened)
         self._users.add(upstream)
         return upstream
 
@@ -346,7 +347,7 @@ class H2TargetConnection:
         if size <= 0 or self.is_congested:
             return 0
         self._h2.send_data(stream_id, data[:size], end_stream=end and size == len(data))
-        self._allow(1)
+        self._allow(1 + size // 1024)  # some targets open their windows in small steps
         return size
 
     def send_end(self, stream_id: int, trailers: HeaderPairs) -> None:
@@ -385,6 +386,12 @@ class H2TargetConnection:
     def is_congested(self) -> bool:
         """Whether enough waits to be sent."""
         return len(self._unsent) >= MAX_BACKLOG
+
+    def takes(self, stream_id: int) -> bool:
+        """Return whether something can be sent on a stream, or a new one opened (0)."""
+        if self.is_congested:
+            return False
+        return not stream_id or self._h2.local_flow_control_window(stream_id) > 0
 
     async def wait_changed(self) -> None:
         """Wait until something that could not be sent is worth another try."""

@@ -33,7 +33,8 @@ class H2Upstream(Reader):
     """One request on a connection; :meth:`release` ends it.
 
     Attributes:
-        reused: Whether the connection has carried a request before.
+        reused: Whether it is not certain that the connection was still alive.
+        opened: Whether the connection was opened for it.
         received: Whether the response has arrived whole.
         trailers: Its trailers.
         heard: Whether something of the response has arrived.
@@ -57,6 +58,7 @@ class H2Upstream(Reader):
         "_tunnel",
         "heard",
         "is_costly",
+        "opened",
         "received",
         "refused",
         "reused",
@@ -65,7 +67,9 @@ class H2Upstream(Reader):
 
     may_refuse: Final = True
 
-    def __init__(self, connection: H2TargetConnection, *, reused: bool) -> None:
+    def __init__(
+        self, connection: H2TargetConnection, *, reused: bool, opened: bool = False
+    ) -> None:
         super().__init__()
         self._connection = connection
         self._stream_id = 0
@@ -81,6 +85,7 @@ class H2Upstream(Reader):
         self._tunnel = False  # it is to become a WebSocket
         self._accept = b""
         self.reused = reused
+        self.opened = opened
         self.received = False
         self.trailers: HeaderPairs = []
         self.heard = False
@@ -184,7 +189,7 @@ class H2Upstream(Reader):
         while not self.send_some():
             if progress is not None:
                 progress()
-            await self._connection.wait_changed()
+            await self.wait_sendable()
 
     def send_some(self) -> bool:
         """Send what the target takes now; return whether that was all.
@@ -221,8 +226,13 @@ class H2Upstream(Reader):
         connection.flush()
         return True
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether the target takes nothing more of the request."""
+        return bool(self._failure) or self.received or self._connection.is_deaf
+
     def _require_taker(self) -> None:
-        if self._failure or self.received or self._connection.is_deaf:
+        if self._is_over:
             raise trio.BrokenResourceError(self._failure or "the target takes no more")
 
     def release(self) -> None:
@@ -289,8 +299,16 @@ class H2Upstream(Reader):
         return H2TunnelEnd(self)
 
     async def wait_sendable(self) -> None:
-        """Wait until :meth:`send_some` is worth another try."""
-        await self._connection.wait_changed()
+        """Wait until more can be sent, or it is certain that it can't be.
+
+        What becomes of other requests on the connection does not end the wait: who waits here
+        takes its end for a sign that the target has taken something.
+        """
+        connection = self._connection
+        while True:
+            await connection.wait_changed()
+            if self._is_over or connection.takes(self._stream_id):
+                return
 
     # The response, as the connection brings it
 

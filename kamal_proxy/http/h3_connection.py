@@ -209,8 +209,7 @@ class H3Connection:
 
     def progress(self) -> None:
         """Take note that the client may have acknowledged something, or raised a limit."""
-        for stream in list(self._streams.values()):
-            stream.progress()
+        self._link.count_output(sum(stream.progress() for stream in list(self._streams.values())))
 
     def lost(self) -> None:
         """Take note that the connection has ended."""
@@ -447,6 +446,8 @@ class H3Connection:
     def room(self, stream_id: int) -> int:
         """Return how many more bytes of a response may be given to aioquic."""
         share = max(_LEAST_OUTPUT, MAX_OUTPUT // max(1, len(self._streams)))
+        if self._link.is_crowded:
+            share = _LEAST_OUTPUT // 4
         return share - self.quic.unacknowledged(stream_id)
 
     def _say(self, data: bytes) -> None:

@@ -85,7 +85,7 @@ class QuicEndpoint:
         handshake_timeout: float,
     ) -> None:
         self._sock = sock
-        self._limits = limits
+        self.limits = limits
         self._select = select
         self._open_application = open_application
         self._log = log
@@ -185,7 +185,7 @@ class QuicEndpoint:
 
     def _admit(self, initial: h3_packets.Initial, path: Path) -> Link | None:
         """Open a connection, or answer without one: with a Retry, or a refusal."""
-        limits = self._limits
+        limits = self.limits
         now = trio.current_time()
         original: bytes | None = initial.destination
         if initial.token:
@@ -223,7 +223,7 @@ class QuicEndpoint:
         send_nowait(self._sock, h3_packets.refusal(initial, error), path)
 
     def _count_handshake(self, link: Link, change: int) -> None:
-        limits = self._limits
+        limits = self.limits
         limits.handshakes += change
         if not link.proven:
             limits.unproven += change
@@ -293,7 +293,7 @@ class QuicEndpoint:
         self._count_held(link)
 
     def _count_held(self, link: Link) -> None:
-        limits, quic = self._limits, link.quic
+        limits, quic = self.limits, link.quic
         # What is ending is as good as gone: the others must not have to go for it as well.
         held = 0 if quic.is_ending else quic.held
         if held > _SMALL_HOLD and limits.held + held - link.held > MAX_HELD:
@@ -390,8 +390,9 @@ class QuicEndpoint:
             del self._links[connection_id]
         link.ids.clear()
         self._timed.pop(link.number, None)
-        self._limits.connections -= 1
-        self._limits.held -= link.held
+        self.limits.connections -= 1
+        self.limits.held -= link.held
+        self.limits.output -= link.output
         if link.application is None:
             self._count_handshake(link, -1)
         self._tell(link)

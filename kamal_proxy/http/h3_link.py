@@ -25,6 +25,10 @@ WORK_BURST = 1.0
 WORK_PER_SECOND = 0.1
 
 
+#: Bytes of responses that clients have not acknowledged, of all connections together.
+MAX_OUTPUT = 256 * 1024 * 1024
+
+
 class Application(Protocol):
     """What is spoken on one connection."""
 
@@ -47,7 +51,8 @@ class Limits:
         connections: How many are.
         unproven: Open handshakes of addresses that are not proven.
         proven: Those of the others, by address.
-        held: Bytes that the connections hold.
+        held: Bytes that the connections hold of what clients have sent.
+        output: Bytes that they hold of what clients have not acknowledged.
         closing: Whether new connections are refused.
     """
 
@@ -57,6 +62,7 @@ class Limits:
     proven: dict[str, int] = attrs.field(factory=dict)
     handshakes: int = 0
     held: int = 0
+    output: int = 0
     closing: bool = False
 
 
@@ -79,6 +85,7 @@ class Link:
         "held",
         "ids",
         "number",
+        "output",
         "path",
         "proven",
         "quic",
@@ -110,6 +117,7 @@ class Link:
         self.farewell: tuple[bytes, Path] | None = None  # the packet that closed it
         self.farewells = 0  # datagrams that came after it
         self.held = 0
+        self.output = 0
         self.told = False  # the application knows that it has ended
         self.work = Budget(WORK_BURST, WORK_PER_SECOND, trio.current_time())
 
@@ -117,6 +125,17 @@ class Link:
     def server_name(self) -> str:
         """The name that the client asked for in its handshake; empty if none."""
         return self.quic.server_name
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether all connections together hold all that they may of what was not acknowledged."""
+        return self._endpoint.limits.output > MAX_OUTPUT
+
+    def count_output(self, size: int) -> None:
+        """Take note of how many bytes the connection holds that were not acknowledged."""
+        if self.ids:
+            self._endpoint.limits.output += size - self.output
+            self.output = size
 
     def earn(self, work: float) -> None:
         """Take note of something useful, which is worth so many seconds of work."""

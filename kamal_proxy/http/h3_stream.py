@@ -123,8 +123,12 @@ class H3Stream(MultiplexedStream):
             wrote = True
         return wrote
 
-    def progress(self) -> None:
-        """Take note that the client may have acknowledged something."""
+    def progress(self) -> int:
+        """Take note that the client may have acknowledged something.
+
+        Returns:
+            How many bytes it has not acknowledged.
+        """
         left = self._connection.quic.unacknowledged(self.stream_id)
         moved = left < self._left
         self._left = left
@@ -137,6 +141,7 @@ class H3Stream(MultiplexedStream):
         if self._moved is not None and (moved or self.is_delivered):
             self._moved.set()
             self._moved = None
+        return self._left
 
     @property
     def is_delivered(self) -> bool:

@@ -99,6 +99,7 @@ class Http3Server:
         from kamal_proxy.http.h3_link import Limits
 
         self._server = server
+        self._select = select
         self._nursery: trio.Nursery | None = None
         self._closing = trio.Event()
         self._limits = Limits(max_connections)
@@ -107,7 +108,7 @@ class Http3Server:
             QuicEndpoint(
                 sock,
                 self._limits,
-                select,
+                self._certificate,
                 self._open,
                 server.log,
                 idle_timeout=options.idle_timeout,
@@ -137,10 +138,17 @@ class Http3Server:
         self._limits.closing = True
         self._closing.set()
 
+    def _certificate(self, name: str) -> Certificate | None:
+        found = self._select(name)
+        if found is None:
+            self._server.metrics.handshake("unknown name")
+        return found
+
     def _open(self, link: Link) -> H3Connection:
         from kamal_proxy.http.h3_connection import H3Connection
 
         connection = H3Connection(link, self._server)
+        self._server.metrics.handshake("ok")
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, connection)
         return connection

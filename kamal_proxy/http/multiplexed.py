@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import enum
-import errno
 import hashlib
 import math
 import os
@@ -25,7 +24,7 @@ from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.http.headers import is_lookalike
 from kamal_proxy.http.reasons import ClientGone, Reason, TargetFailed
 from kamal_proxy.http.stream_heads import plain_fields, response_fields
-from kamal_proxy.sockets import READ_SIZE
+from kamal_proxy.http.stream_tunnel import StreamTunnelEnd
 
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Drain
@@ -100,6 +99,7 @@ class MultiplexedStream(ABC):
         "_progress",
         "_reason",
         "_scope",
+        "_size",
         "_trailers",
         "_tunnelled",
         "_why_gone",
@@ -140,6 +140,7 @@ class MultiplexedStream(ABC):
         # The request
         self._arrived: list[bytes] = []
         self._arrival: trio.Event | None = None  # what waits for more
+        self._size = 0  # bytes of body so far
         self._trailers: HeaderPairs = []
         self.ended = ended
         self.received = False
@@ -183,9 +184,14 @@ class MultiplexedStream(ABC):
 
     def receive_data(self, data: bytes) -> None:
         """Take a part of the request's body. Flow control limits what is kept here."""
-        if data and not self.gone:
-            self._arrived.append(data)
-            self._tell_arrival()
+        if not data or self.gone:
+            return
+        self._size += len(data)
+        if 0 <= self._head.length < self._size and not self._head.protocol:
+            self._fail()
+            return
+        self._arrived.append(data)
+        self._tell_arrival()
 
     def receive_trailers(self, trailers: HeaderPairs) -> None:
         """Take the trailers that a target may see; :meth:`receive_end` follows."""
@@ -195,8 +201,16 @@ class MultiplexedStream(ABC):
         """Take note that the request has arrived whole."""
         if self.gone:
             return
+        if self._head.length > self._size:
+            self._fail()
+            return
         self.ended = True
         self._tell_arrival()
+
+    def _fail(self) -> None:
+        """End the stream: its body has another length than was announced (RFC 9113 8.1.1)."""
+        self.abort(Ending.MALFORMED)
+        self.client_gone()
 
     def client_gone(self) -> None:
         """Take note that nobody wants the response any more: it is not made any further."""
@@ -549,61 +563,3 @@ class MultiplexedStream(ABC):
     def is_full(self) -> bool:
         """Whether no more of it can be queued."""
         return self._out_size >= _MAX_QUEUED
-
-
-class StreamTunnelEnd:
-    """A stream that carries another protocol: a ``tunnel.TunnelEnd``."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: MultiplexedStream) -> None:
-        self._stream = stream
-
-    def _check(self) -> None:
-        if self._stream.gone:
-            raise trio.BrokenResourceError("the client has cancelled the stream")
-
-    async def receive(self, max_bytes: int = READ_SIZE) -> bytes:  # noqa: ARG002
-        """Return what has arrived, or ``b""`` at the end; flow control limits how much it is."""
-        while True:
-            self._check()
-            if data := self._stream.take_tunnelled():
-                return data
-            if self._stream.ended:
-                return b""
-            await self._stream.wait_arrival()
-
-    def send_nowait(self, data: bytes | memoryview) -> int:
-        """Send what there is room for and return how many bytes that was."""
-        self._check()
-        return self._stream.queue_tunnelled(data)
-
-    async def wait_writable(self) -> None:
-        """Wait until there is room again."""
-        self._check()
-        if not self._stream.is_full:
-            await trio.lowlevel.checkpoint()
-            return
-        await self._stream.wait_progress()
-
-    async def wait_readable(self) -> bool:
-        """Wait until something has arrived, or the client is gone."""
-        if self._stream.gone:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self._stream.wait_arrival()
-        return True
-
-    def shutdown_write(self) -> None:
-        """Send the end of the stream; reading goes on."""
-        self._check()
-        self._stream.end()
-        self._stream.submit()
-
-    def keep_alive(self) -> None:
-        """Find out when a silent client has vanished."""
-        self._stream.keep_alive()
-
-    def connect_error_nowait(self) -> int:
-        """Return an errno once the client is gone."""
-        return errno.ECONNRESET if self._stream.gone else 0

@@ -306,6 +306,8 @@ class Relay:
                     await self._receive()
                 elif head.status >= 200:
                     self._answered = True
+                    if self._given is not None:
+                        self._given.forget()
                     return head
                 elif head.status == 101:
                     self._check_switch(head)

@@ -88,6 +88,10 @@ class Upstream(Protocol):
         """Whether its connection may have been closed by the target without anybody's knowing."""
 
     @property
+    def opened(self) -> bool:
+        """Whether its connection was opened for it."""
+
+    @property
     def refused(self) -> bool:
         """Whether the target has said that it did nothing with the request."""
 

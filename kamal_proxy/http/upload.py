@@ -48,6 +48,11 @@ class Given:
             self.lost = True
             self.data.clear()
 
+    def forget(self) -> None:
+        """Be done with remembering: the target has answered."""
+        self.lost = True
+        self.data.clear()
+
 
 class Upload:
     """The body of one request, from what is not sent yet.

@@ -122,6 +122,7 @@ class UpstreamConnection:
 
     __slots__ = ("_pool", "_sending", "codec", "idle_since", "reused", "stream")
 
+    opened: Final = True  # or taken from the idle ones, which is known then
     refused: Final = False
     may_refuse: Final = False
 

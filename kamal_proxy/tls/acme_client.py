@@ -6,27 +6,37 @@ business of others. Whatever an authority answers, however late, an AcmeError is
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 from acme import client, errors, messages
 from acme.challenges import KeyAuthorizationChallenge
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from josepy.json_util import field
 from josepy.jwa import ES256, RS256
 from josepy.jwk import JWKEC, JWKRSA
 from josepy.util import ComparableRSAKey
 
-from kamal_proxy.errors import AcmeError, CertificateError
-from kamal_proxy.tls.acme_errors import seconds_of, translated, validation_error
-from kamal_proxy.tls.certificates import parse_certificate
+from kamal_proxy.errors import AcmeError
+from kamal_proxy.tls.acme_errors import (
+    ValidationError,
+    seconds_of,
+    translated,
+    validation_error,
+)
+from kamal_proxy.tls.acme_messages import (
+    ReplacingOrder,
+    address,
+    certificate_request,
+    read_authorization,
+    read_chain,
+    read_order,
+    renewal_identifier,
+)
 from kamal_proxy.tls.challenges import KINDS, key_pem
 from kamal_proxy.tls.schedule import Failure
 from kamal_proxy.tls.transport import TIMEOUT, EndedError, Transport
@@ -82,6 +92,16 @@ class Obtained:
     challenge: str
 
 
+class Witness(Protocol):
+    """Is told what is about to be asked of an authority, because that counts whatever follows."""
+
+    def validating(self) -> None:
+        """Learn that the authority will look at the host now."""
+
+    def issuing(self) -> None:
+        """Learn that it will issue the certificate now."""
+
+
 class AcmeClient:
     """Talks to a certificate authority, in one thread; only :meth:`end` is for others.
 
@@ -110,6 +130,11 @@ class AcmeClient:
     def end(self) -> None:
         """End the conversation, also in the middle of it; from any thread."""
         self._transport.end()
+
+    def close(self) -> None:
+        """End the conversation, and close its connections; from its own thread."""
+        self.end()
+        self._network.session.close()
 
     @property
     def is_ended(self) -> bool:
@@ -162,7 +187,7 @@ class AcmeClient:
             response = self._post(directory["newAccount"], registration)
             account = Account(
                 account_key_pem,
-                _text(response.headers.get("Location")),
+                address(response.headers.get("Location")),
                 directory.to_partial_json(),
             )
         self.use(account)
@@ -200,6 +225,7 @@ class AcmeClient:
         host: str,
         answers: Answers,
         store: CertificateStore,
+        witness: Witness,
         *,
         kinds: Sequence[str] = KINDS,
         replaces: bytes | None = None,
@@ -210,6 +236,7 @@ class AcmeClient:
             host: The name.
             answers: Where the answer to the challenge is shown.
             store: Where it is shown to other processes.
+            witness: Is told what is about to be asked; what that raises ends the conversation.
             kinds: The kinds of challenges that may be tried; the first one that is offered is.
             replaces: The certificate (PEM) that will be replaced, which the authority may count in
                 our favour (RFC 9773 5).
@@ -222,25 +249,27 @@ class AcmeClient:
         with self._answers(host):
             url, order = self._order(host, replaces)
             (authorization,) = order.authorizations  # one, as there is one name
-            challenge = self._authorize(_text(authorization), host, kinds, answers, store)
+            challenge = self._authorize(
+                address(authorization), host, kinds, answers, store, witness
+            )
             key = ec.generate_private_key(ec.SECP256R1())
-            chain = self._finalize(url, order, host, key)
+            chain = self._finalize(url, order, host, key, witness)
         return Obtained(chain, key_pem(key), challenge)
 
     def _order(self, host: str, replaces: bytes | None) -> tuple[str, messages.Order]:
         identifiers = [messages.Identifier(typ=messages.IDENTIFIER_FQDN, value=host)]
         directory = self._get_directory()
         response = None
-        replaced = None if replaces is None else _renewal_identifier(replaces)
+        replaced = None if replaces is None else renewal_identifier(replaces)
         if replaced is not None and "renewalInfo" in directory.to_partial_json():
-            order = _ReplacingOrder(identifiers=identifiers, replaces=replaced)
+            order = ReplacingOrder(identifiers=identifiers, replaces=replaced)
             # An authority that does not know the old one, or has replaced it already, is asked
             # without it.
             with contextlib.suppress(messages.Error, errors.ConflictError):
                 response = self._post(directory["newOrder"], order)
         if response is None:
             response = self._post(directory["newOrder"], messages.NewOrder(identifiers=identifiers))
-        return _text(response.headers.get("Location")), _order(response)
+        return address(response.headers.get("Location")), read_order(response)
 
     def _authorize(
         self,
@@ -249,9 +278,10 @@ class AcmeClient:
         kinds: Sequence[str],
         answers: Answers,
         store: CertificateStore,
+        witness: Witness,
     ) -> str:
         """Have the name validated; return the kind of the challenge, nothing if there was none."""
-        authorization = self._authorization(url)
+        authorization = read_authorization(self._post(url, None))
         if authorization.status == messages.STATUS_VALID:
             return ""
         offered = {each.chall.typ: each for each in authorization.challenges}
@@ -265,45 +295,38 @@ class AcmeClient:
         challenge = offered[kind]
         assert self._key is not None
         with answers.shown(store, host, challenge.chall, self._key):
+            witness.validating()
             self._post(challenge.uri, challenge.response(self._key))
             deadline = time.monotonic() + _VALIDATION_LIMIT
             for _ in self._poll(deadline):
-                authorization = self._authorization(url)
+                authorization = read_authorization(self._post(url, None))
                 if authorization.status == messages.STATUS_VALID:
                     return kind
                 if authorization.status != messages.STATUS_PENDING:
                     raise validation_error(authorization, kind)
-        raise AcmeError(
-            f"the certificate authority did not get done with validating {host} by {kind}",
-            kind=Failure.REFUSED,
-        )
-
-    def _authorization(self, url: str) -> messages.Authorization:
-        found: messages.Authorization = messages.Authorization.from_json(
-            self._post(url, None).json()
-        )
-        return found
+        words = "the certificate authority did not get done with it"
+        raise ValidationError(f"{kind}: {words}", kind, hopeless=True)
 
     def _finalize(
-        self, url: str, order: messages.Order, host: str, key: ec.EllipticCurvePrivateKey
+        self,
+        url: str,
+        order: messages.Order,
+        host: str,
+        key: ec.EllipticCurvePrivateKey,
+        witness: Witness,
     ) -> bytes:
-        request = (
-            x509.CertificateSigningRequestBuilder()
-            .subject_name(x509.Name([]))
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        finalize = _text(order.finalize)
+        finalize = address(order.finalize)
         requested = False
         deadline = time.monotonic() + _ISSUE_LIMIT
         for _ in self._poll(deadline):
-            order = _order(self._post(url, None))
+            order = read_order(self._post(url, None))
             if order.status == messages.STATUS_VALID:
-                answer = self._post(_text(order.certificate), None)
-                return _checked(answer.content, key, host)
+                answer = self._post(address(order.certificate), None)
+                return read_chain(answer.content, key, host)
             if order.status == messages.STATUS_READY and not requested:
                 requested = True
-                self._post(finalize, messages.CertificateRequest(csr=request))
+                witness.issuing()
+                self._post(finalize, certificate_request(host, key))
             elif order.status == messages.STATUS_INVALID:
                 raise order.error or AcmeError(
                     "the certificate authority has given up the order without a reason",
@@ -328,7 +351,7 @@ class AcmeClient:
         """
         with self._answers():
             talk = client.ClientV2(self._get_directory(), self._network)
-            if _renewal_identifier(certificate_pem) is None:
+            if renewal_identifier(certificate_pem) is None:
                 return None, _ASK_AGAIN
             try:
                 at, ask_again = talk.renewal_time(certificate_pem)
@@ -346,7 +369,7 @@ class AcmeClient:
         return self._directory
 
     def _post(self, url: str, message: JSONDeSerializable | None) -> requests.Response:
-        new_nonce = _text(self._get_directory()["newNonce"])
+        new_nonce = address(self._get_directory()["newNonce"])
         for attempt in range(_NONCES):
             try:
                 return self._network.post(url, message, new_nonce_url=new_nonce)
@@ -373,63 +396,3 @@ class AcmeClient:
 
     def _answers(self, host: str = "") -> AbstractContextManager[None]:
         return translated(self._directory_url, self._retry_after, host)
-
-
-class _ReplacingOrder(messages.NewOrder):
-    """An order that tells which certificate it replaces, which the library's can't."""
-
-    replaces: str = field("replaces")
-
-
-def _order(response: requests.Response) -> messages.Order:
-    order: messages.Order = messages.Order.from_json(response.json())
-    return order
-
-
-def _text(value: object) -> str:
-    """Return a value that must be a text, such as the URL of something."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r} where an address should be")
-    return value
-
-
-def _renewal_identifier(certificate_pem: bytes) -> str | None:
-    """Return by which name an authority knows a certificate (RFC 9773 4.1); None if by none."""
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
-    except x509.ExtensionNotFound:
-        return None
-    issuer = extension.value.key_identifier
-    if issuer is None:
-        return None
-    serial = certificate.serial_number
-    # As in DER, where a first bit that is set would be a sign.
-    encoded = serial.to_bytes(serial.bit_length() // 8 + 1, "big")
-    return f"{_base64url(issuer)}.{_base64url(encoded)}"
-
-
-def _base64url(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def _checked(chain_pem: bytes, key: ec.EllipticCurvePrivateKey, host: str) -> bytes:
-    """Return a chain if it is what was ordered."""
-    try:
-        certificate = parse_certificate(chain_pem, key_pem(key))
-    except CertificateError as error:
-        raise AcmeError(
-            f"the certificate authority sent a certificate that can't be used: {error.details[0]}",
-            kind=Failure.REFUSED,
-        ) from error
-    if certificate.not_after <= time.time():
-        raise AcmeError(
-            "the certificate authority sent a certificate that has expired; is the clock right?",
-            kind=Failure.REFUSED,
-        )
-    if not certificate.matches(host):
-        raise AcmeError(
-            f"the certificate authority sent a certificate for {', '.join(certificate.names)}",
-            kind=Failure.REFUSED,
-        )
-    return chain_pem

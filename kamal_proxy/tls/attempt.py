@@ -212,6 +212,8 @@ class Attempt:
         self._client: AcmeClient | None = None
         self._guard = threading.Lock()
         self._ended = False
+        self._validating_at: float | None = None
+        self._issuing_at: float | None = None
 
     def end(self) -> None:
         """Break it off, from any thread; a no-op once it is over."""
@@ -273,8 +275,6 @@ class Attempt:
                 obtained = self._obtain(kinds)
             except ValidationError as error:
                 reasons.append(error.message)
-                with source.ledger() as ledger:
-                    ledger.validation_failed(host, source.clock())
                 if error.challenge in kinds:
                     kinds.remove(error.challenge)
                 if error.hopeless or not kinds:
@@ -299,14 +299,14 @@ class Attempt:
             try:
                 source.open_account(client)
                 return client.obtain(
-                    self._host, source.answers, source.store, kinds=kinds, replaces=replaces
+                    self._host, source.answers, source.store, self, kinds=kinds, replaces=replaces
                 )
             except UnknownAccountError:
                 source.forget_account()
                 if last:
                     raise
             finally:
-                client.end()
+                client.close()
         raise AssertionError("the second time returns or raises")
 
     def _begin(self) -> AcmeClient:
@@ -316,12 +316,25 @@ class Attempt:
             self._client = self._source.client()
             return self._client
 
+    def validating(self) -> None:
+        """Write down that the authority will look at the host now."""
+        with self._source.ledger() as ledger:
+            self._validating_at = self._source.clock()
+            ledger.validating(self._host, self._validating_at)
+
+    def issuing(self) -> None:
+        """Write down that the authority will issue the certificate now."""
+        with self._source.ledger() as ledger:
+            if self._validating_at is not None:
+                ledger.validated(self._host, self._validating_at)
+            self._issuing_at = self._source.clock()
+            ledger.issuing(self._host, self._issuing_at)
+
     def _succeeded(self, obtained: Obtained) -> Outcome:
         source = self._source
-        # First the certificate: what is not in the ledger costs a number, this a certificate.
         source.store.save(self._host, obtained.chain_pem, obtained.key_pem)
         with source.ledger() as ledger:
-            ledger.succeed(self._host, source.clock(), obtained.challenge)
+            ledger.succeed(self._host, obtained.challenge)
         return Outcome(parse_certificate(obtained.chain_pem, obtained.key_pem), obtained=True)
 
     def _failed(self, error: AcmeError) -> Outcome:
@@ -330,6 +343,8 @@ class Attempt:
             return Outcome(error=error)
         with self._source.ledger() as ledger:
             now = self._source.clock()
+            if self._issuing_at is not None:
+                ledger.not_issued(self._host, self._issuing_at)
             ledger.fail(
                 self._host,
                 now,

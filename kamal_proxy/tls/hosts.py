@@ -92,6 +92,11 @@ class Host:
         self.changed = trio.Event()
 
     @property
+    def has_own(self) -> bool:
+        """Whether it has a certificate of its authority."""
+        return self.certificate is not None and not self.foreign
+
+    @property
     def renew_at(self) -> float:
         """When its certificate is to be renewed; long ago without one."""
         certificate = self.certificate

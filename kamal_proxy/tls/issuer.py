@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -18,8 +17,9 @@ from kamal_proxy.errors import AcmeError, CertificateNotFoundError, CertificateS
 from kamal_proxy.matching import host_name
 from kamal_proxy.tls.attempt import Attempt, Outcome, Source
 from kamal_proxy.tls.challenges import Answers
-from kamal_proxy.tls.hosts import Authority, Host, LiveAuthority, moment
-from kamal_proxy.tls.schedule import DAY, MINUTE, Failure, Permit, refusal
+from kamal_proxy.tls.hosts import Authority, Host, LiveAuthority
+from kamal_proxy.tls.results import BUSY_ELSEWHERE, Results
+from kamal_proxy.tls.schedule import DAY, MINUTE, Failure, refusal
 from kamal_proxy.tls.store import LETS_ENCRYPT, CertificateStore
 from kamal_proxy.tls.suggestions import Suggestions
 from kamal_proxy.tls.validations import Validations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kamal_proxy.logs import Log
     from kamal_proxy.options import AcmeOptions
     from kamal_proxy.tls.certificates import Certificate
+    from kamal_proxy.tls.results import CertificateMetrics
 
 THREADS = 4  # attempts at once
 MAX_ON_DEMAND = 10_000  # hosts that no deploy has named
@@ -38,19 +39,9 @@ ATTEMPT_LIMIT = 5 * MINUTE
 
 _LOOK_AGAIN = 5 * MINUTE  # at the latest, whatever the clock says
 _SET_BACK = MINUTE  # by which a clock is corrected without anything being wrong
-_BUSY_ELSEWHERE = 2.0  # seconds until it is seen whether another process is done
 _BATCH = 20  # certificates that are loaded in one go
+_NO_THREAD = 1.0  # seconds until a thread may be there again
 _FORGOTTEN = 30 * DAY  # after which a host that no deploy has named is not renewed any more
-
-
-class CertificateMetrics(Protocol):
-    """What is counted of certificates."""
-
-    def certificate_expiry(self, host: str, timestamp: float | None) -> None:
-        """Tell when the certificate of a host expires; None if there is none any more."""
-
-    def certificate_attempt(self, ok: bool) -> None:
-        """Count an attempt."""
 
 
 class Issuer:
@@ -84,6 +75,7 @@ class Issuer:
         self._loading = trio.CapacityLimiter(2)
         self._answers = Answers()
         self._validations = Validations(self._answers, self._stores)
+        self._results = Results(self._take, log, metrics, clock)
         self._suggestions = Suggestions(self._hosts.values, self._wake, log, clock)
 
     # --- what is wanted --------------------------------------------------------------------------
@@ -247,7 +239,7 @@ class Issuer:
             found.used_at = now = self._clock()
             if found.is_good(now):
                 return found.certificate
-            if found.loaded and found.attempt is None and found.due_at > now + _BUSY_ELSEWHERE:
+            if found.loaded and found.attempt is None and found.due_at > now + BUSY_ELSEWHERE:
                 return found.certificate
             await found.changed.wait()
         return None
@@ -363,84 +355,8 @@ class Issuer:
         for note in host.authority.source.take_notes():
             self._log.warning("Certificate attempts are counted anew", error=note)
         if self._hosts.get(host.name) is host:
-            self._record(host, outcome)
+            self._results.record(host, outcome)
             host.tell()
-
-    def _record(self, host: Host, outcome: Outcome) -> None:
-        """Take note of what became of an attempt."""
-        if outcome.busy:
-            spread = random.uniform(0.5, 1.0)  # noqa: S311
-            host.next_at = self._clock() + _BUSY_ELSEWHERE * spread
-            return
-        host.attempts += 1
-        host.forced = host.fresh = False
-        if outcome.error is not None:
-            self._fail(host, outcome.permit, outcome.error)
-        elif outcome.certificate is None:
-            assert outcome.permit is not None
-            self._postpone(host, outcome.permit)
-        else:
-            renewed = host.certificate is not None and not host.foreign
-            host.authority.back_off.reset()
-            self._take(host, outcome.certificate)
-            if outcome.obtained:
-                self._metrics.certificate_attempt(True)
-                self._log.info(
-                    "Certificate renewed" if renewed else "Certificate obtained",
-                    host=host.name,
-                    issuer=outcome.certificate.issuer,
-                    not_after=moment(outcome.certificate.not_after),
-                    directory=host.authority.source.directory,
-                )
-
-    def _postpone(self, host: Host, permit: Permit) -> None:
-        """Wait until an attempt is within the limits."""
-        live = host.authority
-        is_news = not permit.everyone or live.hold_until <= self._clock()
-        self._heed(host, permit)
-        host.error = AcmeError(
-            f"the next attempt is made at {moment(permit.at)}: {permit.why}",
-            kind=Failure.WAITING if permit.everyone else Failure.REFUSED,
-        )
-        if is_news:
-            self._log.info(
-                "Certificate has to wait",
-                host=host.name,
-                error=permit.why,
-                next_attempt=moment(permit.at),
-                directory=live.source.directory,
-            )
-
-    def _heed(self, host: Host, permit: Permit) -> None:
-        if permit.everyone:
-            host.authority.hold_until = permit.at
-        else:
-            host.next_at = permit.at
-
-    def _fail(
-        self, host: Host, permit: Permit | None, error: AcmeError | CertificateStoreError
-    ) -> None:
-        """Take note of a failure, and of what that means for the next attempt."""
-        live = host.authority
-        if permit is not None:
-            self._heed(host, permit)
-        else:
-            # It concerns all hosts of the authority.
-            retry_after = error.retry_after if isinstance(error, AcmeError) else None
-            wait = live.back_off.fail(retry_after, random.random())  # noqa: S311
-            live.hold_until = max(live.hold_until, self._clock() + wait)
-            # When they are tried again, this one is not the first.
-            host.next_at = live.hold_until + 1.0
-        host.error = error
-        self._metrics.certificate_attempt(False)
-        renewed = host.certificate is not None and not host.foreign
-        self._log.error(
-            "Certificate can't be renewed" if renewed else "Certificate can't be obtained",
-            host=host.name,
-            error=str(error),
-            next_attempt=moment(max(host.next_at, live.hold_until)),
-            directory=live.source.directory,
-        )
 
     def _take(self, host: Host, certificate: Certificate) -> None:
         """Use a certificate."""
@@ -467,7 +383,15 @@ class Issuer:
         def load() -> list[Certificate | CertificateStoreError | None]:
             return [self._read(host.authority.source, host.name) for host in hosts]
 
-        found = await trio.to_thread.run_sync(load, limiter=self._loading, abandon_on_cancel=True)
+        try:
+            found = await trio.to_thread.run_sync(
+                load, limiter=self._loading, abandon_on_cancel=True
+            )
+        except RuntimeError as error:  # no thread can be started
+            self._log.error("Certificates can't be loaded", error=str(error))
+            self._unloaded += hosts
+            await trio.sleep(_NO_THREAD)
+            return
         for host, certificate in zip(hosts, found, strict=True):
             host.loaded = True
             if self._hosts.get(host.name) is not host:

@@ -79,8 +79,8 @@ class Permit:
 class _Host:
     """What is known of one name. Times are Unix time, ascending."""
 
-    failed: list[float] = attrs.field(factory=list)  # validations that failed
-    issued: list[float] = attrs.field(factory=list)
+    failed: list[float] = attrs.field(factory=list)  # validations, or not known to be done
+    issued: list[float] = attrs.field(factory=list)  # certificates, or not known to be refused
     failures: int = 0  # attempts in a row
     failed_at: float = 0.0  # the last of them
     next_at: float = 0.0  # the back-off ends
@@ -175,14 +175,25 @@ class Ledger:
         """Note that an order is about to be made."""
         self._orders.append(now)
 
-    def validation_failed(self, host: str, now: float) -> None:
-        """Note that the authority could not validate a name."""
+    def validating(self, host: str, now: float) -> None:
+        """Note that the authority is about to look at a host: until it is done, it has failed."""
         self._known(host).failed.append(now)
 
-    def succeed(self, host: str, now: float, challenge: str) -> None:
+    def validated(self, host: str, begun_at: float) -> None:
+        """Note that what began then did not fail."""
+        _remove(self._known(host).failed, begun_at)
+
+    def issuing(self, host: str, now: float) -> None:
+        """Note that a certificate is about to be issued: until it is refused, it counts."""
+        self._known(host).issued.append(now)
+
+    def not_issued(self, host: str, begun_at: float) -> None:
+        """Note that what was asked for then was refused."""
+        _remove(self._known(host).issued, begun_at)
+
+    def succeed(self, host: str, challenge: str) -> None:
         """Note that a certificate was issued; ``challenge`` is what was validated, if anything."""
         known = self._known(host)
-        known.issued.append(now)
         known.failures, known.next_at, known.reason = 0, 0.0, ""
         known.challenge = challenge or known.challenge
 
@@ -370,6 +381,12 @@ def _room(times: list[float], limit: int, within: float) -> float:
 
 def _recent(times: list[float], now: float, within: float) -> list[float]:
     return sorted(min(time, now) for time in times if time > now - within)
+
+
+def _remove(times: list[float], time: float) -> None:
+    # It may have been pruned, by a clock that has jumped.
+    if time in times:
+        times.remove(time)
 
 
 def _limit(retry_after: float | None) -> float:

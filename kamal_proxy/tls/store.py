@@ -106,6 +106,9 @@ class CertificateStore:
             return parse_certificate(content, content, certificate_name=path, key_name=path)
         except CertificateError as error:
             raise CertificateStoreError("; ".join(error.details)) from error
+        except Exception as error:
+            # What x509 raises for oddities has no base of its own, and costs one certificate.
+            raise self._unusable(name, repr(error)) from error
 
     # --- the account -----------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ def alert(code: int) -> bytes:
     """Return the record that tells a client why it is refused before anything is encrypted.
 
     Args:
-        code: The description (RFC 8446 6): 80 is internal_error, 112 unrecognized_name.
+        code: The description (RFC 8446 6): 112 is unrecognized_name.
     """
     return b"\x15\x03\x03\x00\x02\x02" + bytes([code])
 
@@ -134,7 +134,6 @@ class TlsStream(SocketStream):
         "_failure",
         "_incoming",
         "_outgoing",
-        "_said_goodbye",
         "_stirred",
         "_thin",
         "_unsent",
@@ -157,7 +156,6 @@ class TlsStream(SocketStream):
         self._incoming = incoming  # between two calls there is nothing in it that can be decrypted
         self._outgoing = outgoing
         self._ended = False  # the peer said goodbye, or closed
-        self._said_goodbye = False
         self._failure = ""  # why nothing can be read any more
         self._barren = 0  # bytes received since there was data in them
         self._unsent = memoryview(b"")  # encrypted, and not taken by the socket yet
@@ -234,8 +232,8 @@ class TlsStream(SocketStream):
         over = self._ended or bool(self._failure)
         if self._ahead or over:
             self.wake_reader()
-        if over and not self._ahead and self._watcher is not None:
-            self._watcher.wake_reader(readable=False)
+        if over and not self._ahead:
+            self.wake_watcher()
 
     def _read(self, max_bytes: int) -> bool:
         """Read once from the socket and decrypt it; False if nothing has arrived."""
@@ -336,7 +334,6 @@ class TlsStream(SocketStream):
         After a write that was cancelled in the middle the connection just ends, so that the peer
         can tell that something is missing.
         """
-        self._socket()
         self._say_goodbye()
         super().shutdown_write()
 
@@ -352,14 +349,14 @@ class TlsStream(SocketStream):
         super().close()
         self._ahead = self._begun = b""
         self._unsent = memoryview(b"")
-        self._ended = False
+        self._ended = self._stirred = self._hung_up = False
         self._failure = ""
 
     def _say_goodbye(self) -> None:
         """Send a close_notify, unless that would come in the middle of something."""
-        if self._said_goodbye or self._cut or self._begun or (self._unsent and not self._flush()):
+        self._socket()
+        if self._cut or self._begun or (self._unsent and not self._flush()):
             return
-        self._said_goodbye = True
         # Python's unwrap() also looks for the peer's goodbye. Data would be an error there, but all
         # that has arrived is decrypted already; after an error there is nothing to be said.
         with contextlib.suppress(ssl.SSLError):
@@ -368,7 +365,7 @@ class TlsStream(SocketStream):
 
     def _encrypt(self, block: bytes | memoryview) -> None:
         try:
-            done = self._connection.write(block)
+            done = 0
             while done < len(block):
                 done += self._connection.write(block[done:])
         except ssl.SSLError as error:
@@ -376,14 +373,13 @@ class TlsStream(SocketStream):
 
     def _flush(self) -> bool:
         """Send what is encrypted; return whether the socket took all of it."""
-        while True:
+        while self._unsent or self._outgoing.pending:
             if not self._unsent:
-                if not self._outgoing.pending:
-                    return True
                 self._unsent = memoryview(self._outgoing.read())
             self._unsent = self._unsent[super().send_nowait(self._unsent) :]
             if self._unsent:
                 return False
+        return True
 
     def _repeated(self, data: bytes | memoryview) -> int:
         """Return how much of a write was sent by the one before it, which did not say so."""

@@ -273,6 +273,21 @@ def test_trailers_are_sent() -> None:
 
 # The side of the target
 
+
+@pytest.mark.parametrize(
+    ("framing", "end"),
+    [
+        ((b"Transfer-Encoding", b"chunked"), b"1\r\nx\r\n0\r\nA: b\r\n\r\n"),
+        ((b"content-length", b"1"), b"x"),
+    ],
+)
+def test_trailers_of_a_request(framing: tuple[bytes, bytes], end: bytes) -> None:
+    """A body of a length has none, which a client of HTTP/2 may not care about."""
+    codec = ClientCodec(LIMIT)
+    codec.request(b"POST", b"/", [(b"Host", b"a"), framing])
+    assert codec.body(b"x") + codec.end([(b"A", b"b")]) == end
+
+
 RESPONSES = [
     (b"GET", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody", 200, 4, b"body", True),
     (b"GET", b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", 200, 0, b"", True),

@@ -7,7 +7,7 @@ async with open_upstream(h2(answer(b"hello"))) as upstream:
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 import trio
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from kamal_proxy import DeployOptions
+    from tests.http.streams import World
     from tests.scripted import Peer, Script, Upstream
+
+    class Wire(Protocol):
+        """A connection, as far as an ``H2Peer`` needs one."""
+
+        async def send(self, data: bytes) -> None: ...
+
+        async def receive_some(self) -> bytes: ...
+
 
 E = TypeVar("E", bound=Event)
 
@@ -76,15 +85,17 @@ class H2Peer:
         h2: The target's side of HTTP/2; what it has to send is sent by :meth:`flush`.
         requests: Every request by its stream, in order.
         events: Everything that came in, in order.
+        takes: Whether windows are opened again for what has come.
     """
 
-    def __init__(self, wire: Peer, settings: Mapping[SettingCodes, int]) -> None:
+    def __init__(self, wire: Wire, settings: Mapping[SettingCodes, int]) -> None:
         self.wire = wire
         self.h2 = H2Connection(H2Configuration(client_side=False, validate_outbound_headers=False))
         self.h2.local_settings = Settings(client=False, initial_values=dict(settings))
         self.h2.decoder.max_allowed_table_size = self.h2.local_settings.header_table_size
         self.requests: dict[int, Asked] = {}
         self.events: list[Event] = []
+        self.takes = True
 
     async def flush(self) -> None:
         """Send what is to be sent."""
@@ -107,7 +118,8 @@ class H2Peer:
         elif isinstance(event, DataReceived):
             asked = self.requests[event.stream_id]
             asked.body += event.data
-            self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            if self.takes:
+                self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif isinstance(event, TrailersReceived):
             self.requests[event.stream_id].trailers = list(event.headers)
         elif isinstance(event, StreamEnded):
@@ -209,3 +221,37 @@ def h2c(upstream: Upstream, **options: Any) -> DeployOptions:
     options.setdefault("interval", 60.0)
     built = upstream.options(**options)
     return attrs.evolve(built, targets=tuple(f"h2c://{target}" for target in built.targets))
+
+
+@attrs.define(eq=False)
+class _StreamWire:
+    """What an ``H2Peer`` needs of a connection."""
+
+    stream: trio.SocketStream
+    _sending: trio.Lock = attrs.field(factory=trio.Lock)
+
+    async def send(self, data: bytes) -> None:
+        async with self._sending:
+            await self.stream.send_all(data)
+
+    async def receive_some(self) -> bytes:
+        return bytes(await self.stream.receive_some())
+
+
+def on_stream(
+    script: Callable[[H2Peer], Awaitable[None]], settings: Mapping[SettingCodes, int] | None = None
+) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """Return a script for the target of a :class:`tests.http.streams.World`."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        peer = H2Peer(_StreamWire(stream), settings or {})
+        peer.h2.initiate_connection()
+        await peer.flush()
+        await script(peer)
+
+    return serve
+
+
+async def use_h2c(world: World) -> None:
+    """Let the target of a world's service be one that speaks HTTP/2."""
+    world.change(active=await world.open_deployment("h2c://target:80"))

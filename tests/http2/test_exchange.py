@@ -111,20 +111,80 @@ async def test_a_large_response_waits_for_the_window(world: Open) -> None:
 
 async def test_two_large_responses_come_in_turns(world: Open) -> None:
     body = bytes(MEGABYTE)
+    waiting = 0
+    both = trio.Event()
 
     async def answer(stream: trio.SocketStream) -> None:
+        nonlocal waiting
         await read_head(stream)
+        waiting += 1
+        if waiting == 2:
+            both.set()
+        await both.wait()
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
     async with world(answer) as running:
-        client = await open_h2(running, initial_window_size=2 * MEGABYTE)
+        # Neither can end before the client opens the windows.
+        client = await open_h2(running)
+        client.taking = False
         client.codec.increment_flow_control_window(4 * MEGABYTE)
         first, second = await client.request(), await client.request()
         one, two = client.answers[first], client.answers[second]
-        await client.wait(lambda: len(one.body) > MEGABYTE // 2 or len(two.body) > MEGABYTE // 2)
-        assert min(len(one.body), len(two.body)) > MEGABYTE // 8
+        await client.wait(lambda: len(one.body) == len(two.body) == 65535)
+        client.taking = True
+        for stream in (first, second):
+            client.codec.increment_flow_control_window(MEGABYTE, stream)
+        await client.flush()
+        await client.wait(lambda: MEGABYTE in (len(one.body), len(two.body)))
+        assert min(len(one.body), len(two.body)) > MEGABYTE // 2
         await client.answer(first)
         await client.answer(second)
+
+
+async def send_megabyte(stream: trio.SocketStream) -> None:
+    """Answer with a megabyte."""
+    while await read_head(stream):
+        await stream.send_all(
+            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % MEGABYTE + bytes(MEGABYTE)
+        )
+
+
+async def test_what_the_windows_allow_comes_without_a_word_of_the_client(world: Open) -> None:
+    async with world(send_megabyte) as running:
+        client = await open_h2(running, initial_window_size=2**30)
+        client.taking = False
+        client.codec.increment_flow_control_window(2**30)
+        await client.ping()
+        stream = await client.request()
+        client.answering = False
+        assert len((await client.answer(stream)).body) == MEGABYTE
+
+
+async def test_each_window_is_waited_for_alone(world: Open) -> None:
+    async with world(send_megabyte) as running:
+        # That of the connection,
+        client = await open_h2(running, initial_window_size=2**30)
+        client.taking = False
+        stream = await client.request()
+        answer = client.answers[stream]
+        await client.wait(lambda: len(answer.body) == 65535)
+        client.codec.increment_flow_control_window(MEGABYTE)
+        await client.flush()
+        await client.answer(stream)
+        # that of the stream,
+        client = await open_h2(running)
+        client.taking = False
+        client.codec.increment_flow_control_window(2**30)
+        stream = await client.request()
+        other = client.answers[stream]
+        await client.wait(lambda: len(other.body) == 65535)
+        client.codec.increment_flow_control_window(65535, stream)
+        await client.flush()
+        await client.wait(lambda: len(other.body) == 2 * 65535)
+        # and that of all streams.
+        client.codec.update_settings({4: 2 * MEGABYTE})
+        await client.flush()
+        await client.answer(stream)
 
 
 async def test_the_body_of_a_request_is_passed_on_chunked_or_as_long_as_announced(
@@ -343,6 +403,37 @@ async def test_a_slow_target_is_answered_for_with_504(
     async with world(answer, target_options=options) as running:
         result = await (await open_h2(running)).get()
         assert result.status == 504
+
+
+async def test_an_upload_that_stops_is_answered_with_408(
+    world: Open, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await trio.sleep_forever()
+
+    async with world(answer, stall_timeout=9.0) as running:
+        client = await open_h2(running)
+        stream = await client.request(method=b"POST", end=False)
+        await client.send_data(stream, b"half")
+        result = client.answers[stream]
+        await client.wait(lambda: result.reset is not None)
+        assert (result.status, result.reset) == (408, 0)
+    assert running.logged[0]["reason"] == "body_timeout"
+
+
+async def test_bodies_nobody_took_do_not_use_up_the_connection_s_window(world: Open) -> None:
+    async with world(pause=SavedPause(state="paused", fail_after=30.0)) as running:
+        client = await open_h2(running)
+        for _ in range(12):
+            await client.ping()
+            stream = await client.request(method=b"POST", body=bytes(65000), end=False)
+            await client.ping()
+            await client.reset(stream)
+        await client.ping()
+        assert client.codec.outbound_flow_control_window > 200_000
+        running.change(pause=SavedPause())
+        assert (await client.get(method=b"POST", body=bytes(60_000))).status == 200
 
 
 async def test_buffered_responses_and_requests(world: Open) -> None:

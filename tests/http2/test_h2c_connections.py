@@ -81,6 +81,10 @@ async def test_requests_share_a_connection(proxy: Embedded) -> None:
         responses = await get_many(proxy, 20)
         assert [response.status for response in responses] == [200] * 20
         assert (len(upstream.peers), peers.most) == (1, 20)
+    text = proxy.proxy.metrics()[0].decode()
+    opened = [line for line in text.splitlines() if "upstream_connects" in line and "web" in line]
+    assert opened
+    assert sum(float(line.rsplit(" ", 1)[1]) for line in opened) == 1
 
 
 async def test_as_many_requests_on_a_connection_as_its_target_takes(proxy: Embedded) -> None:
@@ -174,6 +178,22 @@ async def test_a_target_that_goes_away_finishes_what_it_has_begun(proxy: Embedde
             assert (await first.receive_until(b"0\r\n\r\n")).endswith(b"gun\r\n0\r\n\r\n")
             await closed.wait()
         assert len(upstream.peers) == 2
+
+
+async def test_an_idle_connection_that_is_given_up_is_closed(proxy: Embedded) -> None:
+    closed = trio.Event()
+
+    async def serve(peer: H2Peer) -> None:
+        await peer.respond(await peer.wait_request())
+        await peer.wire.send(goaway(1))
+        await peer.wait_closed()
+        closed.set()
+
+    async with open_upstream(h2(serve)) as upstream:
+        await proxy.deploy(h2c(upstream))
+        async with open_client(proxy.port) as client:
+            assert (await client.get()).status == 200
+            await closed.wait()
 
 
 def goaway(last: int, code: int = 0, debug: bytes = b"") -> bytes:

@@ -384,3 +384,37 @@ async def test_targets_of_both_kinds_side_by_side(proxy: Embedded) -> None:
             for peer in other.peers:
                 peer.reset()
             assert {(await client.get()).body for _ in range(4)} == {b"hello"}
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "fields"),
+    [
+        ("GET", 200, [(b"content-length", b"4")]),
+        ("HEAD", 200, []),
+        ("HEAD", 200, [(b"content-length", b"4")]),
+        ("GET", 204, []),
+        ("GET", 304, []),
+    ],
+)
+async def test_trailers_for_which_http1_has_no_room(
+    proxy: Embedded, method: str, status: int, fields: list[tuple[bytes, bytes]]
+) -> None:
+    """They are left out, and the response is whole."""
+
+    async def serve(peer: H2Peer) -> None:
+        for number in (1, 2):
+            asked = await peer.wait_request(number)
+            peer.head(asked, status, *fields)
+            if method == "GET" and status == 200:
+                peer.h2.send_data(asked.stream_id, b"body")
+            peer.h2.send_headers(asked.stream_id, [(b"x-sum", b"1")], end_stream=True)
+            await peer.flush()
+        await peer.wait_closed()
+
+    async with open_upstream(h2(serve)) as upstream:
+        await proxy.deploy(h2c(upstream))
+        async with open_client(proxy.port) as client:
+            for _ in range(2):
+                response = await client.request(f"{method} / HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+                assert (response.status, response.trailers) == (status, [])
+                assert response.body == (b"body" if method == "GET" and status == 200 else b"")

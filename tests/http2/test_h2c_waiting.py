@@ -4,52 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import attrs
 import pytest
 import trio
+from h2.settings import SettingCodes
 
-from tests.http.streams import open_world, read_all, read_head
-from tests.http2.targets import H2Peer
+from kamal_proxy.options import TargetOptions
+from tests.http.streams import GET, open_world, read_all, read_head
+from tests.http2.targets import H2Peer, on_stream, use_h2c
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from trio.testing import MockClock
 
-    from tests.http.streams import World
-
 HOUR = 3600.0
-
-
-@attrs.define(eq=False)
-class Wire:
-    """What an ``H2Peer`` needs of a connection."""
-
-    stream: trio.SocketStream
-
-    async def send(self, data: bytes) -> None:
-        await self.stream.send_all(data)
-
-    async def receive_some(self) -> bytes:
-        return bytes(await self.stream.receive_some())
-
-
-def h2(
-    script: Callable[[H2Peer], Awaitable[None]],
-) -> Callable[[trio.SocketStream], Awaitable[None]]:
-    async def serve(stream: trio.SocketStream) -> None:
-        peer = H2Peer(Wire(stream), {})  # type: ignore[arg-type]
-        peer.h2.initiate_connection()
-        await peer.flush()
-        await script(peer)
-
-    return serve
-
-
-async def use_h2c(world: World) -> None:
-    """Let the service's target be one that speaks HTTP/2."""
-    world.change(active=await world.open_deployment("h2c://target:80"))
+WINDOW = 5
 
 
 def post(content_type: str) -> bytes:
@@ -82,7 +51,7 @@ async def test_a_grpc_call_may_be_silent(
         await peer.flush()
         await peer.wait_closed()
 
-    async with open_world(tmp_path, monkeypatch, h2(talk), stall_timeout=5.0) as world:
+    async with open_world(tmp_path, monkeypatch, on_stream(talk), stall_timeout=5.0) as world:
         await use_h2c(world)
         client = world.connect()
         await client.send_all(post(content_type))
@@ -102,7 +71,7 @@ async def test_any_other_client_may_not(
         cancelled.set()
         await peer.wait_closed()
 
-    async with open_world(tmp_path, monkeypatch, h2(wait), stall_timeout=5.0) as world:
+    async with open_world(tmp_path, monkeypatch, on_stream(wait), stall_timeout=5.0) as world:
         await use_h2c(world)
         client = world.connect()
         started = trio.current_time()
@@ -110,6 +79,53 @@ async def test_any_other_client_may_not(
         assert (await read_head(client)).startswith(b"HTTP/1.1 408 ")
         assert trio.current_time() - started == pytest.approx(5.0)
         await cancelled.wait()
+
+
+async def test_a_target_that_takes_nothing_of_one_body_but_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """On one connection: what moves there does not count for what does not."""
+    full = trio.Event()
+
+    async def serve(peer: H2Peer) -> None:
+        peer.takes = False
+        await peer.wait(lambda: len(peer.requests) == 2)
+        asked = {request.get(b":path"): request for request in peer.requests.values()}
+        slow, stuck = asked[b"/slow"], asked[b"/stuck"]
+        await peer.wait(lambda: len(slow.body) == len(stuck.body) == WINDOW)
+        full.set()
+        async with trio.open_nursery() as nursery:
+
+            async def open_window() -> None:
+                while not slow.ended:
+                    await trio.sleep(1)
+                    peer.h2.increment_flow_control_window(1, slow.stream_id)
+                    await peer.flush()
+
+            nursery.start_soon(open_window)
+            await peer.wait(lambda: slow.ended)
+            await peer.respond(slow)
+            assert stuck.reset == 8
+            await peer.wait_closed()
+
+    script = on_stream(serve, {SettingCodes.INITIAL_WINDOW_SIZE: WINDOW})
+    options = TargetOptions(response_timeout=5.0)
+    async with open_world(tmp_path, monkeypatch, script, target_options=options) as world:
+        await use_h2c(world)
+        slow, stuck = world.connect(), world.connect()
+        for client, path in ((slow, b"slow"), (stuck, b"stuck")):
+            await client.send_all(
+                b"POST /%b HTTP/1.1\r\nHost: app.test\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+                + b"5\r\nhello\r\n"
+            )
+        await full.wait()
+        started = trio.current_time()
+        await slow.send_all(b"f\r\n%b\r\n0\r\n\r\n" % bytes(15))
+        await stuck.send_all(b"1\r\nx\r\n")
+        assert (await read_head(stuck)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - started == pytest.approx(5.0)
+        assert (await read_head(slow)).startswith(b"HTTP/1.1 200 ")
+        assert trio.current_time() - started == pytest.approx(15.0)
 
 
 async def test_a_client_that_hangs_up_has_its_grace(
@@ -128,14 +144,14 @@ async def test_a_client_that_hangs_up_has_its_grace(
         cancelled.set()
         await peer.wait_closed()
 
-    async with open_world(tmp_path, monkeypatch, h2(serve)) as world:
+    async with open_world(tmp_path, monkeypatch, on_stream(serve)) as world:
         await use_h2c(world)
-        for _ in range(2):
-            client = world.connect()
-            await client.send_all(b"GET /path HTTP/1.1\r\nHost: app.test\r\n\r\n")
-            await client.send_eof()
-            if not cancelled.is_set() and not world.logged:
-                assert (await read_all(client)).endswith(b"hello")
+        first, second = world.connect(), world.connect()
+        await first.send_all(GET)
+        await first.send_eof()
+        assert (await read_all(first)).endswith(b"hello")
+        await second.send_all(GET)
+        await second.send_eof()
         await cancelled.wait()
         while len(world.logged) < 2:
             await trio.lowlevel.checkpoint()

@@ -13,34 +13,44 @@ from kamal_proxy.options import ServiceOptions
 from tests.certificates import make_ca
 from tests.http2.clients import H2Client
 from tests.running import open_embedded
-from tests.scripted import LOCALHOST, deploy_options, ok, reply
+from tests.scripted import LOCALHOST, deploy_options, ok, open_upstream, reply
 from tests.secure import client_context
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from kamal_proxy import DeployOptions
     from tests.running import Embedded
     from tests.scripted import Upstream
 
 AUTHORITY = make_ca()
 
 
-@pytest.fixture
-async def proxy(upstream: Upstream, tmp_path: Path) -> AsyncIterator[Embedded]:
-    """Return a proxy with a service for ``localhost``."""
-    chain, key = AUTHORITY.issue("localhost").write(tmp_path)
-    options = attrs.evolve(
+def service(upstream: Upstream, files: tuple[str, str]) -> DeployOptions:
+    """Return what deploys a service for ``localhost``."""
+    return attrs.evolve(
         deploy_options("web", [upstream]),
         service_options=ServiceOptions(
             hosts=("localhost",),
             tls_enabled=True,
-            tls_certificate_path=chain,
-            tls_private_key_path=key,
+            tls_certificate_path=files[0],
+            tls_private_key_path=files[1],
         ),
     )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """Return the files of a certificate for ``localhost``."""
+    return AUTHORITY.issue("localhost").write(tmp_path)
+
+
+@pytest.fixture
+async def proxy(upstream: Upstream, files: tuple[str, str]) -> AsyncIterator[Embedded]:
+    """Return a proxy with a service for ``localhost``."""
     async with open_embedded(https_port=0) as embedded:
-        await embedded.deploy(options)
+        await embedded.deploy(service(upstream, files))
         yield embedded
 
 
@@ -119,3 +129,26 @@ async def test_h2load(proxy: Embedded) -> None:
     url = f"https://localhost:{proxy.proxy.https_port}/"
     shown = await run("h2load", "-n", "200", "-c", "2", "-m", "20", url)
     assert "200 succeeded, 0 failed, 0 errored" in shown
+
+
+async def test_deploys_under_load_lose_nothing(
+    proxy: Embedded, upstream: Upstream, files: tuple[str, str]
+) -> None:
+    url = f"https://localhost:{proxy.proxy.https_port}/"
+    shown = ""
+
+    async def load(over: trio.CancelScope) -> None:
+        nonlocal shown
+        shown = await run("h2load", "-n", "300", "-c", "3", "-m", "10", url)
+        over.cancel()
+
+    async with open_upstream() as other, trio.open_nursery() as nursery:
+        over = trio.CancelScope()
+        nursery.start_soon(load, over)
+        deploys = 0
+        with over:
+            while True:
+                await proxy.deploy(service(other if deploys % 2 else upstream, files))
+                deploys += 1
+    assert deploys > 1
+    assert "300 succeeded, 0 failed, 0 errored" in shown

@@ -13,7 +13,7 @@ from hpack import Encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kamal_proxy.http.h2_connection import _Codec
+from kamal_proxy.http.h2_codec import ServerCodec
 from kamal_proxy.http.h2_guard import PREFACE, FloodError, FrameError, FrameGuard
 from tests.fuzzing import at_least
 from tests.http.streams import HELLO, open_world, read_head
@@ -157,7 +157,7 @@ async def test_many_random_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @at_least(200)
 @given(st.binary(max_size=200), st.integers(0, 2**32))
 def test_the_library_raises_its_own_errors_only(noise: bytes, seed: int) -> None:
-    codec, guard = _Codec(65536), FrameGuard(100_000, 0.0)
+    codec, guard = ServerCodec(65536), FrameGuard(100_000, 0.0)
     codec.initiate_connection()
     guard.feed(PREFACE + frame(4, b"", 0, 0) + some_frames(random.Random(seed), 20) + noise)
     with contextlib.suppress(ProtocolError, FloodError, FrameError):

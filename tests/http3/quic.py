@@ -43,6 +43,7 @@ class Quic:
         self.sent: list[bytes] = []
         self.drop: Callable[[str, bytes], bool] = lambda _way, _data: False
         self.handle: Callable[[QuicEvent], None] = self.events.append
+        self._closed = False
         self._news = trio.Event()
         self._socket = self._open_socket()
         self._scope: trio.CancelScope | None = None
@@ -58,7 +59,9 @@ class Quic:
         self._socket = self._open_socket()
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; nothing is received any more."""
+        self._closed = True
+        self._wake()
         self._socket.close()
 
     def vanish(self) -> None:
@@ -83,7 +86,7 @@ class Quic:
 
     async def run(self) -> None:
         """Receive, and keep the timers."""
-        while self.ended is None:
+        while self.ended is None and not self._closed:
             timer = self.quic.get_timer()
             with trio.CancelScope(deadline=math.inf if timer is None else timer) as self._scope:
                 try:
@@ -105,7 +108,7 @@ class Quic:
 
     def _arrived(self) -> Iterator[bytes]:
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while not self._closed:
                 data, address = self._socket.recvfrom(65535)
                 # A client discards what comes from elsewhere (RFC 9000 9).
                 if address[:2] == self.server:

@@ -9,7 +9,7 @@ import pytest
 import trio
 from aioquic.h3.connection import encode_frame
 
-from kamal_proxy.http import h3_connection, h3_quic
+from kamal_proxy.http import h3_connection, h3_link, h3_quic
 from tests.http.streams import open_world, read_head, stay_silent
 from tests.http3.clients import open_front
 
@@ -189,6 +189,34 @@ async def test_what_the_target_does_not_take_stays_with_the_client(
             await trio.lowlevel.checkpoint()
         await client.ping()
         assert front.server._limits.held < h3_quic.STREAM_WINDOW // 4
+
+
+async def test_what_clients_do_not_acknowledge_is_limited_over_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def give(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            await stream.send_all(bytes(65536))
+
+    monkeypatch.setattr(h3_link, "MAX_OUTPUT", 500_000)
+    async with open_world(tmp_path, monkeypatch, give) as world, open_front(world) as front:
+        limits = front.server._limits
+        clients = [await front.connect(max_stream_data=50_000) for _ in range(5)]
+        for client in clients:
+            client.quic._write_stream_limits = lambda *_, **__: None  # type: ignore[method-assign]
+            client.request()
+            before = limits.output
+            while limits.output == before:
+                await trio.lowlevel.checkpoint()
+            await client.ping()
+        assert limits.output < 500_000 + h3_connection.MAX_OUTPUT + 200_000
+        for client in clients:
+            client.vanish()
+        front.running.cancel()
+        await front.ended.wait()
+        assert limits.output == 0
 
 
 # What is no HTTP/3

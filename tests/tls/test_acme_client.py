@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from kamal_proxy.errors import AcmeError
-from kamal_proxy.tls.acme_client import Account, AcmeClient, Obtained, _renewal_identifier
+from kamal_proxy.tls.acme_client import Account, AcmeClient, Obtained
 from kamal_proxy.tls.acme_errors import UnknownAccountError, ValidationError, seconds_of
+from kamal_proxy.tls.acme_messages import renewal_identifier
 from kamal_proxy.tls.challenges import Answers, challenge_certificate
 from kamal_proxy.tls.schedule import Failure
 from kamal_proxy.tls.store import CertificateStore
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
     from tests.tls.pebble import Pebble
 
 HOST = "app.example.com"
+
+
+class Witness:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def validating(self) -> None:
+        self.told.append("validating")
+
+    def issuing(self) -> None:
+        self.told.append("issuing")
+
+
 KEY = key_pem(make_key("ec"))
 
 
@@ -60,6 +76,7 @@ async def obtain(
     *,
     host: str = HOST,
     account: dict[str, str] | None = None,
+    witness: Witness | None = None,
     **options: Any,
 ) -> Obtained:
     """Open an account and obtain a certificate, in a thread."""
@@ -68,7 +85,7 @@ async def obtain(
         client = AcmeClient(ca.directory, ca_file=ca.ca_file)
         try:
             client.open_account(KEY, **(account or {}))
-            return client.obtain(host, answers, store, **options)
+            return client.obtain(host, answers, store, witness or Witness(), **options)
         finally:
             client.end()
 
@@ -233,6 +250,23 @@ async def test_what_is_sent(ca: SmallCa, answers: Answers, store: CertificateSto
     assert sent["/challenge/0/http-01"].payload == {}
 
 
+async def test_somebody_is_told_before_it_counts(
+    ca: SmallCa, answers: Answers, store: CertificateStore
+) -> None:
+    witness = Witness()
+    told: dict[str, list[str]] = {}
+
+    def remember(request: Request) -> None:
+        told[request.path.split("/")[1]] = witness.told.copy()
+
+    ca.script["/"] = remember
+    await obtain(ca, answers, store, witness=witness)
+    assert told["authz"] == ["validating"]
+    assert told["challenge"] == ["validating"]
+    assert told["finalize"] == ["validating", "issuing"]
+    assert witness.told == ["validating", "issuing"]
+
+
 async def test_an_account_of_the_original_may_have_an_rsa_key(ca: SmallCa) -> None:
     client = AcmeClient(ca.directory, ca_file=ca.ca_file)
     await trio.to_thread.run_sync(client.open_account, key_pem(rsa_key(2048), traditional=True))
@@ -265,7 +299,7 @@ async def test_a_known_account_is_used_as_it_is(
         account = client.open_account(KEY)
         client.end()
         again = AcmeClient(ca.directory, ca_file=ca.ca_file, known=account)
-        again.obtain(HOST, answers, store)
+        again.obtain(HOST, answers, store, Witness())
         again.end()
         return account
 
@@ -518,6 +552,18 @@ async def test_answers_that_make_no_sense(
     assert words in str(await failure(ca, answers, store))
 
 
+async def test_plain_http_is_not_spoken(
+    ca: SmallCa, answers: Answers, store: CertificateStore
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        ca.script["/dir"] = Answer(200, {"newNonce": url, "newAccount": url, "newOrder": url})
+        assert "can't be reached" in str(await failure(ca, answers, store))
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
 async def test_a_compressed_answer_is_measured_as_it_is_unpacked(
     ca: SmallCa, answers: Answers, store: CertificateStore
 ) -> None:
@@ -629,7 +675,7 @@ async def test_an_authority_that_dawdles_can_be_left(
 
     def talk() -> None:
         client.open_account(KEY)
-        client.obtain(HOST, answers, store)
+        client.obtain(HOST, answers, store, Witness())
 
     async with trio.open_nursery() as nursery:
 
@@ -656,7 +702,7 @@ async def test_a_wait_between_two_polls_can_be_left(
 
     def talk() -> None:
         client.open_account(KEY)
-        client.obtain(HOST, answers, store)
+        client.obtain(HOST, answers, store, Witness())
 
     async with trio.open_nursery() as nursery:
 
@@ -808,7 +854,7 @@ qzLQ2PPQxdTXREYEnKMjMCEwHwYDVR0jBBgwFoAUaYhba4dGQEHhs3uEe6CuLN4B
 yNQwCgYIKoZIzj0EAwIDRwAwRAIge09+S5TZAlw5tgtiVvuERV6cT4mfutXIlwTb
 +FYN/8oCIClDsqBklhB9KAelFiYt9+6FDj3z4KGVelYM5MdsO3pK
 -----END CERTIFICATE-----"""
-    assert _renewal_identifier(pem) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
+    assert renewal_identifier(pem) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
 
 
 def test_the_digest_is_that_of_the_key_authorization() -> None:

@@ -147,6 +147,18 @@ async def test_changes_of_keys_between_data(pair13: tuple[TlsStream, Peer, Write
     assert got == b"x" * 30
 
 
+async def test_little_is_read_at_once_after_changes_of_keys(
+    pair13: tuple[TlsStream, Peer, Writer13],
+) -> None:
+    stream, peer, writer = pair13
+    updates = b"".join(writer.key_update(requested=False) for _ in range(600))
+    flood(peer, updates + writer.record(b"x"))
+    assert await stream.receive() == b"x"
+    flood(peer, b"".join(writer.record(b"x" * 16_000) for _ in range(8)))
+    assert len(await stream.receive()) < 20_000
+    assert len(await stream.receive()) > 50_000
+
+
 async def test_changes_of_keys_by_a_peer_that_does_not_read(
     pair13: tuple[TlsStream, Peer, Writer13],
 ) -> None:

@@ -115,6 +115,38 @@ async def test_the_plain_stream_is_closed_but_not_its_socket(ends: Ends, poller:
     assert len(poller) == 0
 
 
+@BOTH
+async def test_an_end_that_the_plain_stream_noticed(ends: Ends, version: ssl.TLSVersion) -> None:
+    """What it has read is not all, and there is no further event of the rest, or of the end."""
+    stream, far = ends
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    peer = Peer(far, calling(version))
+    result = Result()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, stream, serving(), result)
+        peer.shake()
+        await wait_all_tasks_blocked()
+        last = peer.shake_hand()
+        if version == ssl.TLSVersion.TLSv1_3:
+            last += peer.encrypt(b"x" * 80_000)
+            far.sendall(last)
+            far.shutdown(socket.SHUT_WR)
+        else:  # a client of TLS 1.2 waits for the server's last message
+            far.sendall(last)
+            await wait_all_tasks_blocked()
+            peer.shake()
+            far.sendall(peer.encrypt(b"x" * 80_000))
+            far.shutdown(socket.SHUT_WR)
+    tls = result.stream
+    assert tls is not None
+    got = 0
+    while got < 80_000:
+        assert not tls.hung_up
+        got += len(await tls.receive())
+    assert tls.hung_up
+    tls.close()
+
+
 async def test_tickets_go_with_the_first_answer(ends: Ends) -> None:
     stream, far = ends
     peer = Peer(far, calling(ssl.TLSVersion.TLSv1_3))

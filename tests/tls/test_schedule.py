@@ -34,8 +34,17 @@ def refuse(ledger: Ledger, now: float, *, validations: int = 1, host: str = HOST
     """Note what an attempt notes whose validations fail."""
     for _ in range(validations):
         ledger.order(now)
-        ledger.validation_failed(host, now)
+        ledger.validating(host, now)
     ledger.fail(host, now, Failure.REFUSED, "no such name")
+
+
+def succeed(ledger: Ledger, host: str, now: float, challenge: str) -> None:
+    """Note what an attempt notes that succeeds."""
+    if challenge:
+        ledger.validating(host, now)
+        ledger.validated(host, now)
+    ledger.issuing(host, now)
+    ledger.succeed(host, challenge)
 
 
 # What failed is left alone
@@ -71,7 +80,7 @@ def test_success_ends_the_back_off() -> None:
     ledger = Ledger()
     refuse(ledger, NOW)
     refuse(ledger, NOW)
-    ledger.succeed(HOST, NOW + 1, "http-01")
+    succeed(ledger, HOST, NOW + 1, "http-01")
     assert ledger.permit(HOST, NOW + 1).at == NOW + 1
     assert ledger.reason(HOST) == ""
     refuse(ledger, NOW + 1)
@@ -168,12 +177,12 @@ def test_a_crash_loop_does_not_get_five_certificates_for_one_name_in_a_week() ->
         ledger = Ledger.decode(ledger.encode())
         assert ledger.permit(HOST, NOW + number, fresh=True).at == NOW + number
         ledger.order(NOW + number)
-        ledger.succeed(HOST, NOW + number, "http-01")
+        succeed(ledger, HOST, NOW + number, "http-01")
     permit = ledger.permit(HOST, NOW + 5, fresh=True)
     assert permit.at == NOW + WEEK
     assert "certificates in a week" in permit.why
     assert ledger.permit(HOST, NOW + 5, forced=True).at == NOW + 5
-    ledger.succeed(HOST, NOW + 5, "http-01")
+    succeed(ledger, HOST, NOW + 5, "http-01")
     assert ledger.permit(HOST, NOW + 6, forced=True).at > NOW + 6
 
 
@@ -186,7 +195,7 @@ def test_certificates_that_do_not_last_are_renewed_in_time(lifetime: float) -> N
         ledger.prune(now)
         assert ledger.permit(HOST, now, lifetime=lifetime).at == now
         ledger.order(now)
-        ledger.succeed(HOST, now, "")
+        succeed(ledger, HOST, now, "")
         now = max(renewal_time(now, now + lifetime, 1.0), now + MINUTE)
 
 
@@ -223,10 +232,10 @@ def test_whatever_happens_the_limits_are_kept(course: list[tuple[str, str, float
             ledger.order(now)
             orders.append(now)
             if event in ("refused", "twice"):
-                ledger.validation_failed(host, now)
+                ledger.validating(host, now)
                 failed.append((host, now))
             elif event == "ok":
-                ledger.succeed(host, now, "http-01")
+                succeed(ledger, host, now, "http-01")
                 issued.append((host, now))
         if event in ("refused", "twice"):
             ledger.fail(host, now, Failure.REFUSED, "no")
@@ -240,6 +249,23 @@ def test_whatever_happens_the_limits_are_kept(course: list[tuple[str, str, float
 def _most(events: list[tuple[str, float]], host: str, within: float) -> int:
     times = [at for name, at in events if name == host]
     return max((sum(at <= each < at + within for each in times) for at in times), default=0)
+
+
+def test_what_a_crash_has_interrupted_counts() -> None:
+    ledger = Ledger()
+    for number in range(4):
+        ledger.validating(HOST, NOW + number)
+        ledger = Ledger.decode(ledger.encode())
+    assert ledger.permit(HOST, NOW + 9, fresh=True).at == NOW + HOUR
+    for number in range(4):
+        ledger.validated(HOST, NOW + number)
+        ledger.validated(HOST, NOW + number)
+        ledger.issuing(HOST, NOW + number)
+    ledger = Ledger.decode(ledger.encode())
+    assert ledger.permit(HOST, NOW + 9, fresh=True).at == NOW + WEEK
+    ledger.not_issued(HOST, NOW + 2)
+    ledger.not_issued(HOST, NOW + 2)
+    assert ledger.permit(HOST, NOW + 9).at == NOW + 9
 
 
 # Forgetting, clocks
@@ -259,8 +285,8 @@ def test_what_no_longer_matters_is_forgotten() -> None:
 def test_the_kind_of_challenge_that_worked_is_remembered() -> None:
     ledger = Ledger()
     assert ledger.challenge(HOST) == ""
-    ledger.succeed(HOST, NOW, "tls-alpn-01")
-    ledger.succeed(HOST, NOW, "")
+    succeed(ledger, HOST, NOW, "tls-alpn-01")
+    succeed(ledger, HOST, NOW, "")
     ledger.prune(NOW + 60 * DAY)
     assert Ledger.decode(ledger.encode()).challenge(HOST) == "tls-alpn-01"
 
@@ -269,7 +295,7 @@ def test_but_not_of_all_names_that_there_ever_were() -> None:
     """Those of certificates on demand come and go."""
     ledger = Ledger()
     for number in range(2500):
-        ledger.succeed(f"host{number}.example.com", NOW + number, "http-01")
+        succeed(ledger, f"host{number}.example.com", NOW + number, "http-01")
     ledger.prune(NOW + 2500)
     assert len(ledger) == 2500, "they count for a week"
     ledger.prune(NOW + 8 * DAY)
@@ -282,7 +308,7 @@ def test_a_clock_that_was_years_ahead_keeps_nothing_waiting_for_years() -> None:
     ledger = Ledger()
     for number in range(4):
         refuse(ledger, ahead + number)
-    ledger.succeed("b.example.com", ahead, "")
+    succeed(ledger, "b.example.com", ahead, "")
     ledger.fail(HOST, ahead, Failure.ALL_LIMITED, "", retry_after=DAY)
     for number in range(300):
         ledger.order(ahead + number)
@@ -307,7 +333,7 @@ def test_a_clock_that_jumps_back_does_not_lose_count() -> None:
 def test_a_ledger_survives() -> None:
     ledger = Ledger()
     refuse(ledger, NOW, validations=2)
-    ledger.succeed("b.example.com", NOW, "http-01")
+    succeed(ledger, "b.example.com", NOW, "http-01")
     ledger.fail("c.example.com", NOW, Failure.LIMITED, "too many", retry_after=99)
     ledger.fail("d.example.com", NOW, Failure.ALL_LIMITED, "wait", retry_after=9)
     read = Ledger.decode(ledger.encode())

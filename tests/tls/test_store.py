@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kamal_proxy.errors import CertificateStoreError
-from kamal_proxy.tls.store import LETS_ENCRYPT, CertificateStore
+from kamal_proxy.tls.store import LETS_ENCRYPT, CertificateStore, Lock
 from tests.certificates import Issued, key_pem, make_ca
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def test_only_the_owner_may_read_it(store: CertificateStore) -> None:
 
 
 def test_an_rsa_certificate_does_until_it_has_expired(store: CertificateStore) -> None:
-    elliptic, rsa = issue(), issue(key="rsa")
+    elliptic, rsa = CA.issue(HOST, days=2000), issue(key="rsa")
     put(store, f"{HOST}+rsa", rsa.key_pem + rsa.chain_pem)
     found = store.load(HOST, NOW)
     assert found is not None
@@ -394,6 +395,27 @@ def test_a_lock_is_waited_for(store: CertificateStore) -> None:
     first.close()
     thread.join()
     assert got == [True]
+
+
+def test_a_lock_whose_file_is_removed_before_it_is_taken(
+    store: CertificateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder releases it, and a third takes it, between opening the file and locking it."""
+    first = store.lock(HOST)
+    assert first is not None
+    third: list[Lock | None] = []
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.close()
+        third.append(store.lock(HOST))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert store.lock(HOST) is None
+    assert third[0] is not None
+    third[0].close()
 
 
 def test_never_two_at_once_though_its_file_comes_and_goes(store: CertificateStore) -> None:

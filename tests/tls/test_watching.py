@@ -123,6 +123,41 @@ async def test_watching_ends_when_the_watched_stream_hangs_up(
         assert await upstream.receive() == b"answer"
 
 
+async def test_watching_ends_with_half_a_record(pair: Pair, poller: Poller) -> None:
+    """One look finds nothing, and the next one the end."""
+    client, browser = pair
+    got: list[object] = []
+    browser.receive()
+    with stream_pair(poller) as (upstream, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watching, upstream, client, got)
+            await wait_all_tasks_blocked()
+            browser.far.sendall(browser.encrypt(b"never whole")[:-1])
+            browser.far.close()
+        assert got == [None]
+
+
+async def test_closing_the_watched_stream_leaves_its_watcher_waiting(
+    pair: Pair, poller: Poller
+) -> None:
+    client, _ = pair
+    got: list[object] = []
+    with stream_pair(poller) as (upstream, target):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watching, upstream, client, got)
+            await wait_all_tasks_blocked()
+            client.close()
+            await wait_all_tasks_blocked()
+            assert got == []
+            target.send(b"answer")
+        assert got == [b"answer"]
+        target.send(b"more")
+        assert await upstream.receive_watching(client, 100) == b"more"
+        with pytest.raises(trio.ClosedResourceError):
+            client.at_eof_nowait()
+        assert not client.hung_up
+
+
 @pytest.mark.parametrize("shutdown", [False, True])
 async def test_watching_is_not_ended_by_a_goodbye_behind_unread_data(
     pair: Pair, poller: Poller, shutdown: bool
