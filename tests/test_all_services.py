@@ -93,6 +93,9 @@ class FakeKind:
     ) -> DrainResult:
         return await self._hold("stop", name, options, progress)
 
+    def close(self) -> None:
+        self.calls.append(("close",))
+
     def describe(self) -> list[ServiceDescription]:
         return [
             ServiceDescription(name=name, in_flight=self.in_flight) for name in sorted(self.names)

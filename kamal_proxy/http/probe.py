@@ -181,6 +181,7 @@ class HttpProbe:
 
 
 def common_headers(host: str) -> HeaderPairs:
+    """Return what each of the proxy's own requests begins with."""
     return [(b"Host", host.encode("ascii", "replace")), (b"User-Agent", USER_AGENT)]
 
 

@@ -46,8 +46,8 @@ class HttpServer:
         spill: Where buffered bodies are.
         port: Port for the log, and for embedders.
         scheme: ``http`` or ``https``.
-        validation: Answers a certificate authority that asks for a token, with None for what it does
-            not know; ``None`` if no certificates are obtained.
+        validation: Answers a certificate authority that asks for a token, with None for what it
+            does not know; ``None`` if no certificates are obtained.
     """
 
     def __init__(

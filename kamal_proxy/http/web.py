@@ -117,7 +117,7 @@ class Web(contextlib.ExitStack):
         )
 
     async def accept(self, poller: Poller, clients: trio.Nursery) -> None:
-        """Take connections into ``clients`` until cancelled; those of HTTP/3 until :meth:`abort`."""
+        """Take connections into ``clients`` until cancelled, of HTTP/3 until :meth:`abort`."""
         limiter = trio.Semaphore(connection_limit(self._options.max_connections, self._log))
         if self._http3 is not None:
             await clients.start(self._run_http3, self._http3)

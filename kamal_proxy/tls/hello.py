@@ -89,7 +89,7 @@ def parse_untrusted(data: bytes | bytearray) -> ClientHello | None:
     if message is None:
         return None
     try:
-        return _parse(_Reader(message))
+        return _parse(message)
     except _TruncatedError:
         raise HelloError("the hello is malformed") from None
 
@@ -141,59 +141,38 @@ class _TruncatedError(Exception):
     """A field is longer than what it is in."""
 
 
-class _Reader:
-    """Takes fields from the beginning of some bytes."""
+def _vector(data: bytes, position: int, size: int) -> tuple[int, int]:
+    """Return where the bytes begin and end that a length, a number of ``size`` bytes, tells of."""
+    begin = position + size
+    end = begin + int.from_bytes(data[position:begin], "big")
+    if begin > len(data) or end > len(data):
+        raise _TruncatedError
+    return begin, end
 
-    __slots__ = ("_data", "_position")
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-
-    def __bool__(self) -> bool:
-        return self._position < len(self._data)
-
-    def take(self, size: int) -> bytes:
-        end = self._position + size
-        if end > len(self._data):
+def _parse(hello: bytes) -> ClientHello:
+    # Without a class for fields: this is done for each connection, and that would cost five times
+    # as much.
+    _, position = _vector(hello, _BEFORE_SESSION, 1)
+    _, position = _vector(hello, position, 2)  # cipher suites
+    _, position = _vector(hello, position, 1)  # compression methods
+    found: dict[int, bytes] = {}
+    end = position
+    if position < len(hello):
+        position, end = _vector(hello, position, 2)
+    while position < end:
+        if position + _EXTENSION.size > end:
             raise _TruncatedError
-        taken = self._data[self._position : end]
-        self._position = end
-        return taken
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "big")
-
-    def vector(self, size: int) -> _Reader:
-        """Take what a length, a number of that many bytes, stands before."""
-        return _Reader(self.take(self.number(size)))
-
-    def rest(self) -> bytes:
-        return self.take(len(self._data) - self._position)
-
-
-def _parse(hello: _Reader) -> ClientHello:
-    version = int.from_bytes(hello.take(_BEFORE_SESSION)[:2], "big")
-    hello.vector(1)  # session
-    hello.vector(2)  # cipher suites
-    hello.vector(1)  # compression methods
-    found: dict[int, _Reader] = {}
-    extensions = hello.vector(2).rest() if hello else b""
-    position = 0
-    while position < len(extensions):
-        # Not by the reader, because there are many of them.
-        begin = position + _EXTENSION.size
-        if begin > len(extensions):
-            raise _TruncatedError
-        kind, size = _EXTENSION.unpack_from(extensions, position)
-        position = begin + size
-        if position > len(extensions):
+        kind, size = _EXTENSION.unpack_from(hello, position)
+        position += _EXTENSION.size
+        if position + size > end:
             raise _TruncatedError
         if kind in _OF_INTEREST:
             if kind in found:
                 raise HelloError("the hello has an extension twice")
-            found[kind] = _Reader(extensions[begin:position])
-    versions: tuple[int, ...] = (version,)
+            found[kind] = hello[position : position + size]
+        position += size
+    versions: tuple[int, ...] = (int.from_bytes(hello[:2], "big"),)
     if _SUPPORTED_VERSIONS in found:
         versions = _versions(found[_SUPPORTED_VERSIONS])
     return ClientHello(
@@ -203,32 +182,32 @@ def _parse(hello: _Reader) -> ClientHello:
     )
 
 
-def _server_name(extension: _Reader) -> str:
-    names = extension.vector(2)
-    while names:
-        kind = names.number(1)
-        name = names.vector(2).rest()
+def _server_name(extension: bytes) -> str:
+    position, end = _vector(extension, 0, 2)
+    while position < end:
+        kind = extension[position]
+        begin, position = _vector(extension[:end], position + 1, 2)
         if kind == _HOST_NAME:
-            name = name.lower().removesuffix(b".")
+            name = extension[begin:position].lower().removesuffix(b".")
             usable = len(name) <= _MAX_NAME and _NAME.fullmatch(name)
             return name.decode("ascii") if usable else ""
     return ""
 
 
-def _protocols(extension: _Reader) -> tuple[bytes, ...]:
-    names = extension.vector(2)
+def _protocols(extension: bytes) -> tuple[bytes, ...]:
+    position, end = _vector(extension, 0, 2)
+    names = extension[:end]
     protocols = []
-    while names:
-        protocols.append(names.vector(1).rest())
+    while position < end:
+        begin, position = _vector(names, position, 1)
+        protocols.append(names[begin:position])
     return tuple(protocols)
 
 
-def _versions(extension: _Reader) -> tuple[int, ...]:
-    numbers = extension.vector(1)
-    versions = []
-    while numbers:
-        version = numbers.number(2)
-        # Reserved values, which some clients send so that servers learn to ignore them (RFC 8701).
-        if version & 0x0F0F != 0x0A0A:
-            versions.append(version)
-    return tuple(versions)
+def _versions(extension: bytes) -> tuple[int, ...]:
+    begin, end = _vector(extension, 0, 1)
+    if (end - begin) % 2:
+        raise _TruncatedError
+    versions = struct.unpack_from(f"!{(end - begin) // 2}H", extension, begin)
+    # Reserved values, which some clients send so that servers learn to ignore them (RFC 8701).
+    return tuple(version for version in versions if version & 0x0F0F != 0x0A0A)

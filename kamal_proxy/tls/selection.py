@@ -96,8 +96,8 @@ class Selection:
         self._issuer = issuer
         self._on_demand = on_demand
         self._authority = authority
-        # By fingerprint of the certificate: a redeploy must not cost clients their sessions.
-        self._contexts: OrderedDict[tuple[str, bytes | None], ssl.SSLContext] = OrderedDict()
+        # By what is in the files: a redeploy must not cost clients their sessions.
+        self._contexts: OrderedDict[tuple[bytes, bytes | None], ssl.SSLContext] = OrderedDict()
 
     async def context_for(self, hello: ClientHello) -> tuple[ssl.SSLContext, bytes | None]:
         """Return the context for a handshake, and the CA by which the client is verified.
@@ -172,7 +172,7 @@ class Selection:
         return certificate
 
     def _context(self, certificate: Certificate, client_ca: bytes | None) -> ssl.SSLContext:
-        key = (certificate.fingerprint, client_ca)
+        key = (certificate.pem, client_ca)
         context = self._contexts.get(key)
         if context is None:
             context = server_context(certificate, client_ca=client_ca, alpn=PROTOCOLS)

@@ -13,6 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.http import bodies
+from kamal_proxy.http.connection import ClientConnection
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.options import TargetOptions
 from tests.deploying import run_with_every_cancellation
@@ -357,6 +358,7 @@ def test_cancelled_at_every_step(
                 client = here.connect()
                 await wait_all_tasks_blocked()
                 (connection,) = here.server._connections
+                assert isinstance(connection, ClientConnection)
                 scope = connection.scope
                 steps = Steps(step, lambda: connection.cancel(reason))
                 async with trio.open_nursery() as visitors:

@@ -111,7 +111,7 @@ async def test_a_certificate_is_renewed_on_request(
             async with open_secure(proxy.https_port, "a.test", ANY) as new:
                 assert new.tls.getpeercert(binary_form=True) != before
             assert (await old.get("/", "a.test")).status == 200
-        with pytest.raises(CertificateNotFoundError, match="x.test"):
+        with pytest.raises(CertificateNotFoundError, match=r"x\.test"):
             await proxy.proxy.renew_certificate("x.test")
 
 

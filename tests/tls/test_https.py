@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import ssl
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -33,6 +32,7 @@ from tests.tls.hellos import real_hello
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from kamal_proxy.control.messages import Event
     from tests.running import Embedded
@@ -359,8 +359,7 @@ async def test_a_missing_file_at_a_restart_costs_that_service_only(
     async with open_embedded(**run) as proxy:
         await proxy.deploy(options(upstream, files, "a.test", name="a"))
         await proxy.deploy(options(upstream, other, "z.test", name="z"))
-    kept = Path(files[1]).read_bytes()
-    Path(files[1]).unlink()
+    os.rename(files[1], tmp_path / "kept")
     async with open_embedded(**run) as proxy:
         line = await proxy.lines.wait_for_message(
             "Service is not served over HTTPS until its files can be used"
@@ -374,7 +373,7 @@ async def test_a_missing_file_at_a_restart_costs_that_service_only(
                 pass
         async with open_client(proxy.port) as plain:
             assert (await plain.get("/", "a.test")).status == 301
-        Path(files[1]).write_bytes(kept)
+        os.rename(tmp_path / "kept", files[1])
         await proxy.lines.wait_for_message("Certificate reloaded")
         async with open_secure(proxy.https_port, "a.test", TRUSTING) as client:
             assert (await client.get("/", "a.test")).status == 200

@@ -17,10 +17,11 @@ from kamal_proxy.errors import AcmeError, CertificateNotFoundError, CertificateS
 from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.options import AcmeOptions
+from kamal_proxy.tls import acme_client
 from kamal_proxy.tls import issuer as issuer_module
 from kamal_proxy.tls import store as store_module
 from kamal_proxy.tls.attempt import Attempt
-from kamal_proxy.tls.hosts import Authority
+from kamal_proxy.tls.hosts import Authority, moment
 from kamal_proxy.tls.issuer import THREADS, Issuer
 from kamal_proxy.tls.schedule import DAY, HOUR, MINUTE, Ledger
 from kamal_proxy.tls.store import CertificateStore
@@ -443,6 +444,23 @@ async def test_an_authority_that_is_down_is_not_asked_by_each_host(ca: SmallCa, 
         await obtained(room, host)
 
 
+async def test_an_authority_that_was_down_once_is_not_distrusted(ca: SmallCa, room: Room) -> None:
+    room.want(A)
+    await obtained(room)
+    ca.script["/dir"] = ca.script["/nonce"] = Answer(503, b"")
+    live = room.issuer._hosts[A].authority
+    for failures in (1, 2, 3):
+        with pytest.raises(AcmeError, match="status 503"):
+            await room.issuer.renew(A)
+        assert live.back_off.failures == failures
+    assert live.hold_until > room.clock() + 30
+    line = [each for each in room.lines.all if each["msg"] == "Certificate can't be renewed"][-1]
+    assert line["next_attempt"] == moment(room.describe(A).renew_at), "it is good until then"
+    ca.script.clear()
+    await room.issuer.renew(A)
+    assert live.back_off.failures == 0
+
+
 async def test_a_limit_of_the_account_holds_all_hosts(ca: SmallCa, room: Room) -> None:
     ca.script["/order"] = problem(
         "rateLimited", "too many new orders (300) from this account", 429, Retry_After="7200"
@@ -471,8 +489,9 @@ async def test_a_limit_of_a_name_holds_only_that_name(ca: SmallCa, room: Room) -
         return None
 
     ca.script["/order"] = limit
-    room.want(A, B)
+    room.want(A)
     await room.wait_for("Certificate can't be obtained", A)
+    room.want(A, B)
     await obtained(room, B)
     assert room.describe(A).next_attempt - room.clock() > 99_900
 
@@ -627,7 +646,8 @@ async def test_an_authority_may_want_it_earlier(ca: SmallCa, room: Room) -> None
     await room.lines.wait_for(lambda _: True)
     while room.describe(A).renew_at > room.clock() + DAY:
         await trio.testing.wait_all_tasks_blocked()
-    assert room.issuer.find(A) is first, "no endless loop if it always wants that"
+    assert room.describe(A).renew_at == pytest.approx(first.not_before + DAY), "no endless loop"
+    assert room.issuer.find(A) is first
     room.pass_time(DAY)
     await room.wait_for("Certificate renewed", A)
     orders = [each.payload for each in ca.requests if each.path == "/order" and each.payload]
@@ -874,7 +894,10 @@ async def test_another_directory_for_the_same_host(ca: SmallCa, room: Room, tmp_
     assert again.fingerprint == first.fingerprint, "it was in its store"
 
 
-async def test_stopping_while_certificates_are_obtained(ca: SmallCa, tmp_path: Path) -> None:
+async def test_stopping_while_certificates_are_obtained(
+    ca: SmallCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acme_client, "TIMEOUT", 600)
     room = make_room(ca.directory, ca.ca_file, tmp_path)
 
     async def dawdle(stream: trio.SSLStream[trio.SocketStream]) -> None:
