@@ -1,6 +1,6 @@
 """Types of the compiled hot paths; see _fastpath.pyx for the design."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 def scan_head(data: bytes | bytearray | memoryview, start: int = 0) -> int:
@@ -131,8 +131,8 @@ def look_at(
 class SourcePorts:
     """Which source ports lead to which target address, for all relays of a proxy.
 
-    The same port may lead to several addresses at once, but to each only once. Other processes that
-    bind ports of the range with SO_REUSEADDR and use the same targets are not known of.
+    The same port may lead to several addresses at once, but to each only once. Ports that other
+    processes have are passed over, also those that another proxy chose like this.
 
     Args:
         low: The first port of the range.
@@ -397,7 +397,15 @@ class Relay:
         What it sends goes there nevertheless; other targets may be asked with :meth:`ask`.
         """
 
-    def ask(self, number: int, targets: Sequence[int], key: int, header: bytes = b"") -> bool:
+    def ask(
+        self,
+        number: int,
+        targets: Sequence[int],
+        key: int,
+        header: bytes = b"",
+        *,
+        bare: Container[int] = (),
+    ) -> bool:
         """Ask targets whether the client of a session is their own; it goes on meanwhile.
 
         Its Binding requests go to them too for ten seconds. The first that answers as only the
@@ -408,6 +416,7 @@ class Relay:
             targets: The targets; the session's own is passed over.
             key: 64 bits that are not all 0, as for :meth:`admit`.
             header: As for :meth:`admit`.
+            bare: As for :meth:`admit`.
 
         Returns:
             False if there is no such session any more, others are asked already, or it is a pair.
@@ -433,9 +442,21 @@ class Relay:
         """How many sessions have both ports of a pair; it looks at all sessions."""
 
     def undecided_from(self, number: int) -> int:
-        """Return how many of :attr:`undecided` are of a newcomer's address.
+        """Return how many of :attr:`undecided` are of a newcomer's network.
 
-        The last 1,024 sessions of the address are looked at.
+        That is its address, of IPv6 its /64: what one host has.
+        """
+
+    def cease_asking(self, number: int | None = None) -> bool:
+        """Ask no more for the client that others are asked for longest, if that has been a second.
+
+        A session that has no target yet ends; any other one goes on with its own.
+
+        Args:
+            number: A newcomer whose network alone is looked at; without one all are.
+
+        Returns:
+            False if there is none.
         """
 
     def pins(self) -> list[tuple[int, int, int, int]]:
@@ -497,6 +518,7 @@ class Relay:
         header: bytes = b"",
         *,
         asking: int = 0,
+        bare: Container[int] = (),
     ) -> None:
         """Begin the session of a newcomer and send on what it has sent so far.
 
@@ -510,6 +532,7 @@ class Relay:
             asking: Where it is not known whose client it is, 64 bits for :meth:`pins` to tell it
                 by. Its Binding requests go to all targets until one answers as only the client's
                 own would; all else of the client is dropped, and what the others say held back.
+            bare: Those of the targets whose datagrams begin with no header nevertheless.
 
         Raises:
             OSError: no socket can be had, or the target can't be reached.
@@ -530,7 +553,7 @@ class Relay:
     ) -> list[tuple[int, int, int, bool, bool, int, int, float, bytes, bytes]]:
         """Return the sessions whose target's port was found closed during the last run.
 
-        Each with its number, generation and target; whether it has affinity and was ever answered;
+        Each once; those without affinity once for each such target. Each with its number, generation and target; whether it has affinity and was ever answered;
         how often it has moved; how often it was refused since it last heard from the target, and
         the seconds between the first and the last of these; the client's and the local end.
         """
@@ -571,8 +594,8 @@ class Relay:
         header: bytes = b"",
         *,
         second: bool = False,
-    ) -> None:
-        """Begin a session that an earlier process had.
+    ) -> bool:
+        """Begin a session that an earlier process had, or give one its other half.
 
         Args:
             listener: Its listener.
@@ -586,6 +609,9 @@ class Relay:
             idle: Seconds since its last datagram.
             header: As for :meth:`admit`.
             second: Whether it is the other half, of a pair of ports, of the one restored before.
+
+        Returns:
+            False if it has become that half; otherwise it is a session.
 
         Raises:
             OSError: the source port is taken, or no socket can be had.

@@ -49,6 +49,8 @@ cdef struct Voice:
     uint32_t cname_size
     uint64_t at               # milliseconds: the last RTP
 
+cdef struct Flow              # a session has one Media, which its head owns
+
 cdef struct Media:
     Voice voices[2]
     uint64_t key              # of a session whose client other targets are asked for, else 0
@@ -62,6 +64,12 @@ cdef struct Media:
     bool spoken               # the target has said something else than a STUN error
     bool ice                  # the target has answered a Binding request
     bool dtls                 # the target has spoken DTLS
+    # While others are asked: the sessions that began to be asked for before and after, and those
+    # in the same bucket by network, younger ones first.
+    Flow *asked_older
+    Flow *asked_newer
+    Flow *asked_back
+    Flow *asked_next
 
 
 cdef inline uint32_t _two(const uint8_t *data) noexcept nogil:

@@ -24,7 +24,8 @@
 #   Flow      allocated by _new_flow, and in these lists at once: a bucket of the flow table (heads
 #             and second flows of pairs, by listener and client), a slot of the wheel (heads only), the members of its
 #             generation (heads only), the unanswered (heads only, until the first answer), those of
-#             one client address (heads only). _end takes it out of all and puts it and its ring
+#             one client address (heads only); those that others are asked for are in two more, by
+#             age and by the client's network. _end takes it out of all and puts it and its ring
 #             into the graveyard, because events of the current batch may still point to them;
 #             _bury frees them once no batch is being worked on.
 #   Media     of the head of a session that may carry calls; freed with it.
@@ -1094,15 +1095,29 @@ cdef class Relay(CallTable):
         return None if flow == NULL else (_number(flow), flow.generation, flow.target)
 
     def undecided_from(self, uint32_t number):
-        """Return how many sessions of a newcomer's address others are asked for."""
-        cdef Newcomer *newcomer = self._newcomer(number)
-        cdef Flow *flow = self._address_place(&newcomer.client)[0]
-        cdef int count = 0, left = NEIGHBOURS
-        while flow != NULL and left:
-            left -= 1
-            count += _same(&flow.client, &newcomer.client) and _is_asked(flow.head.ring)
-            flow = flow.address_next
+        """Return how many sessions of a newcomer's network others are asked for."""
+        cdef uint32_t count
+        self._asked_in(&self._newcomer(number).client, &count)
         return count
+
+    def cease_asking(self, number=None):
+        """Ask no more for the client that others are asked for longest; see _fastpath.pyi."""
+        cdef uint32_t count
+        cdef Flow *head
+        self._require_open()
+        if number is None:
+            head = self._asked_first
+        else:
+            head = self._asked_in(&self._newcomer(number).client, &count)
+        self._clock = _now()
+        if head == NULL or self._clock - head.media.asked_at < FAIR_CHANCE:
+            return False
+        if _is_undecided(head):
+            self._end(head, END_EVICTED)
+        else:
+            self._stop_asking(head)
+        self._bury()
+        return True
 
     def has_session(self, uint32_t number):
         """Return whether a newcomer has a session, but maybe with the wrong target."""
@@ -1114,7 +1129,9 @@ cdef class Relay(CallTable):
             newcomer.scope, &newcomer.local,
         )
 
-    def ask(self, uint32_t number, targets, uint64_t key, bytes header not None=b""):
+    def ask(
+        self, uint32_t number, targets, uint64_t key, bytes header not None=b"", *, bare=()
+    ):
         """Ask other targets whether they know the client of a session; see _fastpath.pyi."""
         cdef Newcomer *newcomer = self._newcomer(number)
         cdef Flow *head = self._session_of(newcomer)
@@ -1133,15 +1150,13 @@ cdef class Relay(CallTable):
             if target >= self._target_room or not self._targets[target].held:
                 raise ValueError("there is no such target")
         self._clock = _now()
-        head.media.key = key
         head.media.settled = True
-        head.media.asked_at = self._clock
-        self._undecided += 1
+        self._begin_asking(head, key)
         for target in targets:
             if target == own:
                 continue
             flow = self._new_flow(target, newcomer, 0, &error)
-            if flow != NULL and not _give_header(flow, header):
+            if flow != NULL and not _give_header(flow, b"" if target in bare else header):
                 self._to_graveyard(flow)
                 error = ENOMEM
             if error:
@@ -1179,7 +1194,7 @@ cdef class Relay(CallTable):
 
     def admit(
         self, uint32_t number, uint32_t generation, targets, bytes header not None=b"", *,
-        uint64_t asking=0,
+        uint64_t asking=0, bare=(),
     ):
         """Begin the session of a newcomer and send on what it has sent so far."""
         cdef Newcomer *newcomer = self._newcomer(number)
@@ -1195,7 +1210,9 @@ cdef class Relay(CallTable):
             self._drop_newcomer(newcomer, DROP_PAUSED)
             return
         self._clock = _now()
-        head = self._begin(generation, targets, newcomer, header, 0, False, self._clock, asking)
+        head = self._begin(
+            generation, targets, newcomer, header, 0, False, self._clock, asking, bare
+        )
         piece = newcomer.first
         size = _first_size(piece)
         if head.media != NULL and _is_request(<uint8_t *>(piece + 1), size):
@@ -1259,14 +1276,18 @@ cdef class Relay(CallTable):
 
     cdef void _note_refusal(self, Flow *flow) noexcept nogil:
         """Take note that a target's port is closed (ICMP); Python is asked what to do."""
+        cdef Flow *listed
         if flow.refusals == 0:
             flow.refused_since = self._clock
         flow.refusals += 1
         flow.refused_at = self._clock
         if self._is_spare(flow) or _is_asked(flow):
             return
-        if not flow.refused_now and self._refusal_count < MAX_REFUSALS:
-            flow.refused_now = True
+        # A pair moves as a whole, and so is listed once, though the second half may have come since
+        # the first was. Without affinity each flow tells of its own target.
+        listed = flow if flow.head.turn != NULL else flow.head
+        if not listed.refused_now and self._refusal_count < MAX_REFUSALS:
+            listed.refused_now = True
             self._refusals[self._refusal_count].number = flow.number
             self._refusals[self._refusal_count].stamp = flow.stamp
             self._refusal_count += 1
@@ -1277,28 +1298,30 @@ cdef class Relay(CallTable):
         for i in range(self._refusal_count):
             flow = self._numbered_flow(self._refusals[i].number, self._refusals[i].stamp)
             if flow != NULL:
-                flow.refused_now = False
+                flow.refused_now = flow.head.refused_now = False
         self._refusal_count = 0
 
     def refusals(self):
         cdef uint32_t i
         cdef Flow *flow
+        cdef Flow *head
         self._require_open()
         found = []
         for i in range(self._refusal_count):
             flow = self._numbered_flow(self._refusals[i].number, self._refusals[i].stamp)
             if flow != NULL:
+                head = flow.head
                 found.append((
-                    _number(flow),
-                    flow.head.generation,
+                    _number(head),
+                    head.generation,
                     flow.target,
-                    flow.head.turn == NULL and not _is_bound(flow.head),
-                    flow.head.answered,
-                    flow.moves,
+                    head.turn == NULL and not _is_bound(head),
+                    head.answered,
+                    head.moves,
                     flow.refusals,
                     (flow.refused_at - flow.refused_since) / 1000.0,
-                    _client_end(flow),
-                    self._local_end(flow),
+                    _client_end(head),
+                    self._local_end(head),
                 ))
         return found
 
@@ -1406,7 +1429,8 @@ cdef class Relay(CallTable):
         if self._ask_second != second:
             self._ask_second = second
             self._asks = 0
-        if media.asks >= ASKS_EACH or self._asks >= ASKS:
+        # The first one is passed on whatever the others do: a flood of theirs must not keep it out.
+        if media.asks >= ASKS_EACH or (media.asks and self._asks >= ASKS):
             return False
         media.asks += 1
         self._asks += 1

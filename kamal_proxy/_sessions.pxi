@@ -19,6 +19,8 @@ cdef enum:
     NEIGHBOURS = 1024         # sessions of one address that are looked at, at most
     NEAREST = 32              # the same for a datagram that will probably be dropped
     PORT_TRIES = 64
+    PORT_TRIES_IN_A_ROW = 8   # of them, those before the search goes on anywhere
+    ASKED_BUCKETS = 256
     RECORD_BYTES = 72
     HEADER_ROOM = 52
 
@@ -229,6 +231,14 @@ cdef inline uint64_t _heard(const Flow *flow) noexcept nogil:
     return max(flow.client_heard, flow.target_heard)
 
 
+cdef inline Ip _network(const Ip *ip) noexcept nogil:
+    """Return what one host has of the addresses: a /64 of IPv6, or one of IPv4."""
+    cdef Ip network = ip[0]
+    if not _is_mapped(ip):
+        network.low = 0
+    return network
+
+
 cdef inline bint _is_undecided(const Flow *head) noexcept nogil:
     """Return whether a session has no target yet, and asks several."""
     return head.media != NULL and head.media.key != 0 and not head.media.settled
@@ -324,6 +334,15 @@ cdef class SourcePorts:
 
     cdef inline bint _is_avoided(self, uint32_t port) noexcept nogil:
         return self._avoided[port >> 3] >> (port & 7) & 1
+
+    cdef bint _is_held(self, uint32_t port) noexcept nogil:
+        """Return whether a port leads to any address, and so is this process's own."""
+        cdef PortMap *ports = self._maps
+        while ports != NULL:
+            if ports.taken[port >> 3] >> (port & 7) & 1:
+                return True
+            ports = ports.next
+        return False
 
     cdef bint _is_taken_beside(self, const PortMap *ports, uint32_t port) noexcept nogil:
         """Return whether a port leads to an address by another map.
@@ -423,7 +442,11 @@ cdef class SessionTable:
     cdef uint32_t _listener_hint  # all places before it are taken
     cdef bint _has_media      # there are, or were, sessions whose media are looked at
     cdef uint64_t _restored   # the session that was restored last
-    cdef uint64_t _undecided  # sessions that others are asked for
+    # Sessions that others are asked for.
+    cdef uint64_t _undecided
+    cdef Flow *_asked_first   # for the longest
+    cdef Flow *_asked_last
+    cdef Flow *_asked[ASKED_BUCKETS]  # by the network of the client
     # Counters.
     cdef uint64_t _dropped[DROPS]
     cdef uint64_t _ended[ENDS]
@@ -951,7 +974,7 @@ cdef class SessionTable:
 
     cdef Flow *_begin(
         self, uint32_t generation, targets, const Newcomer *newcomer, bytes header, uint16_t port,
-        bint answered, uint64_t heard, uint64_t key=0,
+        bint answered, uint64_t heard, uint64_t key=0, bare=(),
     ) except NULL:
         """Begin a session: its flows, and all the lists that it is in."""
         cdef Flow *head = NULL
@@ -974,7 +997,7 @@ cdef class SessionTable:
         for target in targets:
             flow = self._new_flow(target, newcomer, port, &number)
             if flow != NULL:
-                if not _give_header(flow, header):
+                if not _give_header(flow, b"" if target in bare else header):
                     number = ENOMEM
                 if head == NULL:
                     head = flow
@@ -999,9 +1022,8 @@ cdef class SessionTable:
                 self._to_graveyard(head)
                 self._bury()
                 raise MemoryError
-            head.media.key = key
-            head.media.asked_at = self._clock if key else 0
-            self._undecided += key != 0
+            if key:
+                self._begin_asking(head, key)
         head.client_heard = head.target_heard = heard
         head.begun = self._clock
         if not chosen.affinity:
@@ -1141,7 +1163,7 @@ cdef class SessionTable:
             if flow == head:
                 break
         if head.media != NULL and head.media.key:
-            self._undecided -= 1
+            self._leave_asked(head)
         self._leave_slot(head)
         self._leave_unanswered(head)
         self._forget_kept(head)
@@ -1180,6 +1202,68 @@ cdef class SessionTable:
             free(flow.header)
             free(flow)
 
+    # Sessions that others are asked for
+
+    cdef Flow **_asked_place(self, const Ip *client) noexcept nogil:
+        cdef Ip network = _network(client)
+        return &self._asked[self._hash(0, &network, 0) % ASKED_BUCKETS]
+
+    cdef void _begin_asking(self, Flow *head, uint64_t key) noexcept nogil:
+        cdef Flow **place = self._asked_place(&head.client)
+        cdef Media *media = head.media
+        media.key = key
+        media.asked_at = self._clock
+        media.asked_newer = NULL
+        media.asked_older = self._asked_last
+        if self._asked_last != NULL:
+            self._asked_last.media.asked_newer = head
+        else:
+            self._asked_first = head
+        self._asked_last = head
+        media.asked_back = NULL
+        media.asked_next = place[0]
+        if place[0] != NULL:
+            place[0].media.asked_back = head
+        place[0] = head
+        self._undecided += 1
+
+    cdef void _leave_asked(self, Flow *head) noexcept nogil:
+        cdef Media *media = head.media
+        media.key = 0
+        if media.asked_older != NULL:
+            media.asked_older.media.asked_newer = media.asked_newer
+        else:
+            self._asked_first = media.asked_newer
+        if media.asked_newer != NULL:
+            media.asked_newer.media.asked_older = media.asked_older
+        else:
+            self._asked_last = media.asked_older
+        if media.asked_back != NULL:
+            media.asked_back.media.asked_next = media.asked_next
+        else:
+            self._asked_place(&head.client)[0] = media.asked_next
+        if media.asked_next != NULL:
+            media.asked_next.media.asked_back = media.asked_back
+        self._undecided -= 1
+
+    cdef Flow *_asked_in(self, const Ip *client, uint32_t *count) noexcept nogil:
+        """Return the first of those in the network of a client, NULL if there is none.
+
+        Args:
+            count: Set to how many there are.
+        """
+        cdef Ip network = _network(client), other
+        cdef Flow *head = self._asked_place(client)[0]
+        cdef Flow *first = NULL
+        count[0] = 0
+        while head != NULL:
+            other = _network(&head.client)
+            if _same(&network, &other):
+                count[0] += 1
+                first = head
+            head = head.media.asked_next
+        return first
+
     cdef void _stop_asking(self, Flow *head) noexcept nogil:
         """Let a session be its head only: the other flows end."""
         cdef Flow *others = head.ring
@@ -1190,11 +1274,10 @@ cdef class SessionTable:
             last.ring = others
             head.ring = head
             self._to_graveyard(others)
-        head.media.key = 0
+        self._leave_asked(head)
         if not head.media.settled:
             head.rtcp = NULL  # it may have been one of those
         head.media.settled = False
-        self._undecided -= 1
 
     # Pairs of ports: two flows, one session
 
@@ -1365,8 +1448,8 @@ cdef class SessionTable:
         together with a port that the kernel chooses it has given two sockets with the same
         addresses and ports.
         """
-        cdef int one = 1, number = -EADDRNOTAVAIL, tries
-        cdef uint32_t place, low, high
+        cdef int number, tries = PORT_TRIES
+        cdef uint32_t place, low, high, left
         cdef PortMap *ports
         if self._ports is None:
             return self._bind_to(fd, target, port)
@@ -1375,36 +1458,57 @@ cdef class SessionTable:
             if target.ports == NULL:
                 return -ENOMEM
         ports = target.ports
-        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(int))
         if port:
             if (
                 ports.taken[port >> 3] >> (port & 7) & 1
                 or self._ports._is_taken_beside(ports, port)
             ):
                 return -EADDRINUSE
-            number = self._bind_to(fd, target, port)
-            if number == 0:
-                ports.taken[port >> 3] |= <uint8_t>(1 << (port & 7))
-            return number
+            return self._take_port(fd, target, port)
         low, high = self._ports._low, self._ports._high
         place = ports.last
-        tries = PORT_TRIES
-        for _ in range(high - low + 1):
-            place = place + 1 if low <= place < high else low
+        left = high - low + 1
+        while left:
+            left -= 1
+            if tries > PORT_TRIES - PORT_TRIES_IN_A_ROW:
+                place = place + 1 if low <= place < high else low
+            else:
+                # Another proxy on this host takes its ports in a row, too: on anywhere.
+                place = low + <uint32_t>(
+                    _mix(self._secret_a ^ <uint64_t>left << 32 ^ place) % (high - low + 1)
+                )
             if (
                 ports.taken[place >> 3] >> (place & 7) & 1
                 or self._ports._is_avoided(place) or self._ports._is_taken_beside(ports, place)
             ):
                 continue
             ports.last = place  # also if somebody has it: the next search begins after it
-            number = self._bind_to(fd, target, <uint16_t>place)
+            number = self._take_port(fd, target, <uint16_t>place)
             if number == 0:
-                ports.taken[place >> 3] |= <uint8_t>(1 << (place & 7))
                 return 0
             tries -= 1
             if number != -EADDRINUSE or not tries:
                 return number
+            if tries == PORT_TRIES - PORT_TRIES_IN_A_ROW:
+                left = high - low + 1
         return -EADDRNOTAVAIL
+
+    cdef int _take_port(self, int fd, Target *target, uint16_t port) noexcept nogil:
+        """Bind a port that does not lead to the target's address yet.
+
+        Another process may relay to the same address, and choose ports in the same way. Of two
+        sockets with the same addresses and ports one would get the answers to both, so no port is
+        shared with others: its first socket is bound without SO_REUSEADDR, which fails if anybody
+        has it, and allows further ones only afterwards. These can be ours only, as every process
+        begins like that.
+        """
+        cdef int shared = self._ports._is_held(port), one = 1, number
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &shared, sizeof(int))
+        number = self._bind_to(fd, target, port)
+        if number == 0:
+            setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(int))
+            target.ports.taken[port >> 3] |= <uint8_t>(1 << (port & 7))
+        return number
 
     cdef int _bind_to(self, int fd, Target *target, uint16_t port) noexcept nogil:
         cdef sockaddr_in6 address
@@ -1643,7 +1747,7 @@ cdef class SessionTable:
         uint32_t generation, uint32_t target, uint16_t port, bint answered, double idle,
         bytes header not None=b"", *, bint second=False,
     ):
-        """Begin a session that an earlier process had; ``port`` is its upstream source port."""
+        """Begin a session that an earlier process had, or its other half; see _fastpath.pyi."""
         cdef Newcomer newcomer
         cdef Flow *head
         cdef uint64_t quiet = _milliseconds(idle)
@@ -1673,7 +1777,7 @@ cdef class SessionTable:
             and _same(&head.client, &newcomer.client)
         ):
             self._add_leg(head, &newcomer, header, port)
-            return
+            return False
         head = self._begin(
             generation, (target,), &newcomer, header, port, answered,
             self._clock - min(quiet, self._clock),
@@ -1681,3 +1785,4 @@ cdef class SessionTable:
         self._restored = _number(head)
         if head.media != NULL:
             head.media.spoken = answered
+        return True

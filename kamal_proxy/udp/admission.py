@@ -21,7 +21,7 @@ from kamal_proxy.udp.ice import AskLimits, UfragMap
 from kamal_proxy.udp.stun import BindingRequest, parse_binding_request_untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from kamal_proxy._fastpath import Relay
     from kamal_proxy.logs import Log
@@ -96,8 +96,7 @@ class Admission:
         if active is None:
             relay.refuse(number, "no_target")
             return
-        options = active.options.sessions
-        header = proxy_header(client, local) if options.proxy_protocol else b""
+        header = self._header(client, local)
         request = None
         if active.carries_calls:
             request = parse_binding_request_untrusted(relay.opening(number))
@@ -107,7 +106,9 @@ class Admission:
         if active.carries_calls:
             partner = relay.partner(number) if request is None else None
             if partner is not None:
-                self._open(number, 1, lambda: relay.join(number, partner[0], header))
+                session, _, target = partner
+                its = b"" if self._bare((target,), header) else header
+                self._open(number, 1, lambda: relay.join(number, session, its))
                 return
         if request is not None:
             asking, generation, targets = self._find_server(active, request)
@@ -126,12 +127,31 @@ class Admission:
         begun = self._open(
             number,
             len(targets),
-            lambda: relay.admit(number, generation, targets, header, asking=asking),
+            lambda: relay.admit(
+                number, generation, targets, header, asking=asking, bare=self._bare(targets, header)
+            ),
         )
         if begun:
             self._count_joined(generation, 1)
         if begun and self._log.debug_enabled:
             self._log.debug("UDP session begins", service=self._service, client=_text(client))
+
+    def _header(self, client: bytes, local: bytes) -> bytes:
+        """Return the PROXY protocol header of a session, nothing if no deployment wants one."""
+        for deployment in self._deployments.values():
+            if _wants_header(deployment):
+                return proxy_header(client, local)
+        return b""
+
+    def _bare(self, targets: Iterable[int], header: bytes) -> frozenset[int]:
+        """Return those of some targets whose own deployment does not want a header, if any does."""
+        return frozenset(
+            number
+            for deployment in self._deployments.values()
+            if header and not _wants_header(deployment)
+            for number in targets
+            if deployment.whose(number) is not None
+        )
 
     def _open(self, number: int, sockets: int, begin: Callable[[], object]) -> bool:
         """Begin a session that needs sockets, which may not be had."""
@@ -206,13 +226,22 @@ class Admission:
         _, _, targets = self._find_server(active, request)
         key = _key_of(request)
         if self._may_ask(number):
-            asks = partial(relay.ask, number, targets, key, header)
+            asks = partial(
+                relay.ask, number, targets, key, header, bare=self._bare(targets, header)
+            )
             self._open(number, len(targets), asks)
 
     def _may_ask(self, number: int) -> bool:
-        """Return whether several targets may be asked about a newcomer; if not, it is refused."""
-        relay = self._relay
-        if self._limits.may_ask(relay.undecided, relay.undecided_from(number)):
+        """Return whether several targets may be asked about a newcomer; if not, it is refused.
+
+        Who has been asked about for a second and was not recognised makes room: otherwise a
+        stranger could keep all others out for ten seconds with a few requests.
+        """
+        relay, limits = self._relay, self._limits
+        of_network = relay.undecided_from(number)
+        if limits.may_ask(relay.undecided, of_network):
+            return True
+        if relay.cease_asking(number if of_network >= limits.each else None):
             return True
         relay.refuse(number, "ask_limit")
         self._tell("UDP sessions shed", reason="ask_limit")
@@ -278,6 +307,9 @@ class Admission:
             chosen = other.choose(key, without=number)
             if chosen is None or chosen.number is None:
                 continue
+            if _wants_header(other) != _wants_header(deployment):
+                self._relay.end(session)  # its client's next datagram begins one as it must be
+                continue
             try:
                 self._relay.move(session, other.generation, chosen.number)
             except OSError as error:
@@ -298,6 +330,11 @@ class Admission:
         if now - self._told.get(key, -math.inf) >= _TELL_INTERVAL:
             self._told[key] = now
             self._log.info(message, service=self._service, **fields)
+
+
+def _wants_header(deployment: UdpDeployment) -> bool:
+    """Return whether what a deployment's targets get begins with a PROXY protocol header."""
+    return deployment.options.sessions.proxy_protocol
 
 
 def _key_of(request: BindingRequest) -> int:

@@ -48,17 +48,17 @@ class AskLimits:
 
     Attributes:
         total: Clients in all.
-        each: Clients of one address.
+        each: Clients of one network: an address, of IPv6 a /64.
     """
 
     total: int = 1024
     each: int = 64
 
-    def may_ask(self, undecided: int, of_address: int) -> bool:
+    def may_ask(self, undecided: int, of_network: int) -> bool:
         """Return whether one more may be asked for.
 
         Args:
             undecided: Clients that are asked for now.
-            of_address: How many of these have the same address.
+            of_network: How many of these are of the same network.
         """
-        return undecided < self.total and of_address < self.each
+        return undecided < self.total and of_network < self.each

@@ -161,6 +161,10 @@ class Leases:
                     return
                 service.listen(bound[port])
 
+    async def leave(self, service: UdpService) -> None:
+        """Let a service take no more datagrams; its ports stay bound. It is not interrupted."""
+        await _run(_unlisten(service, service.ports))
+
     async def _is_going_on(self, lease: Lease) -> bool:
         """Let everything else run; return whether the service has not ended meanwhile."""
         await trio.lowlevel.checkpoint()
@@ -252,6 +256,12 @@ class Leases:
         for listening in bound:
             for sock in listening.sockets:
                 sock.close()
+
+
+def _unlisten(service: UdpService, ports: Sequence[int]) -> Generator[None]:
+    for start in range(0, len(ports), _AT_ONCE):
+        service.unlisten(ports[start : start + _AT_ONCE])
+        yield
 
 
 async def _run(steps: Iterable[None]) -> None:

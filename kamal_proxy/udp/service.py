@@ -6,6 +6,7 @@ deployed, saved and told is ``services``'.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv6Address
@@ -31,7 +32,7 @@ from kamal_proxy.udp.admission import Admission, proxy_header
 from kamal_proxy.udp.affinity import seed_of
 from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment
 from kamal_proxy.udp.ranges import names_of, spans_of
-from kamal_proxy.udp.saved_sessions import RECORD, ServiceSessions, parse
+from kamal_proxy.udp.saved_sessions import RECORD, SECOND, ServiceSessions, parse
 from kamal_proxy.udp.state_format import SavedUdpService
 
 if TYPE_CHECKING:
@@ -330,7 +331,8 @@ class UdpService:
 
         Returns:
             How many go on, and how many could not: they have no target any more, or their source
-            port is taken. Those that are over by now are neither.
+            port is taken. Those that are over by now are neither. A pair is one, which goes on if a
+            half of it does.
         """
         active = self.active
         assert active is not None
@@ -342,28 +344,33 @@ class UdpService:
             for sock in each.sockets[:1]
         }
         if not active.options.sessions.affinity:  # it had some when they were saved
-            return 0, len(sessions.records) // RECORD.size
+            flags = (record[-2] for record in RECORD.iter_unpack(sessions.records))
+            return 0, sum(not flag & SECOND for flag in flags)
         timeout = active.options.sessions.timeout
         unanswered = min(timeout, UNANSWERED)
-        restored = lost = 0
+        begun: list[int] = []  # for each session that there was, how many there are
         for place, session in enumerate(parse(sessions)):
             if place % _RESTORED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             idle = session.idle + away
             if idle >= (timeout if session.answered else unanswered):
                 continue
+            if not session.second or not begun:
+                begun.append(0)
+            is_half = session.second and begun[-1] > 0  # of one that goes on
             bound = listeners.get(session.listener_port, {})
             listener = bound.get(session.local, bound.get(_ANY))
             address = (*session.target_address, 0, session.target_scope)
             number = active.number_of(session.target, address)
-            if listener is None or number is None or self.relay.full or not self._has_room(1):
-                lost += 1
+            is_full = self.relay.full and not is_half
+            if listener is None or number is None or is_full or not self._has_room(1):
                 continue
             client = session.client + session.client_port.to_bytes(2)
             local = session.local + session.listener_port.to_bytes(2)
             header = proxy_header(client, local) if active.options.sessions.proxy_protocol else b""
-            try:
-                self.relay.restore(
+            # Its source port may be taken, or its client was faster and has a new one.
+            with contextlib.suppress(OSError, ValueError):
+                begun[-1] += self.relay.restore(
                     listener,
                     client,
                     session.client_scope,
@@ -374,12 +381,9 @@ class UdpService:
                     session.answered,
                     idle,
                     header,
-                    second=session.second,
+                    second=is_half,
                 )
-                restored += 1
-            except (OSError, ValueError):
-                lost += 1  # its source port is taken, or its client was faster and has a new one
-        return restored, lost
+        return sum(begun), begun.count(0)
 
 
 assert RECORD.size == Relay.RECORD_SIZE

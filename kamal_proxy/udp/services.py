@@ -349,7 +349,7 @@ class UdpServices:
             if name not in self._pending_users:
                 await self._end_service(service)
             else:  # a deploy that goes on keeps its ports bound
-                service.unlisten(service.ports)
+                await self._leases.leave(service)
         self._log.info("UDP service removed", service=name)
 
     async def pause(

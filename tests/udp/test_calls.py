@@ -10,8 +10,10 @@ import trio
 
 from kamal_proxy import PauseOptions, sockets
 from kamal_proxy.deployment import DrainResult
+from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import names
 from tests.reference.media import look_at
+from tests.scripted import LOCALHOST
 from tests.udp.callers import SHORT, Calls, open_calls, saying
 from tests.udp.serving import free_port, until
 
@@ -351,6 +353,35 @@ async def test_other_ports(calls: Calls) -> None:
     assert await calls.phone(to=calls.ports[2]).check(v2.invite()) == "v2"
     assert await calls.phone(to=calls.ports[2]).check(ufrag) == "v1"
     assert await deploying.wait() == DrainResult(0, 2, cut_unsaid=2)
+
+
+@pytest.mark.parametrize("former", [False, True])
+async def test_each_target_gets_the_header_that_its_own_deploy_wants(
+    calls: Calls, former: bool
+) -> None:
+    """Also whoever is asked, or joined, while another deploy is the one that serves."""
+    v1, v2 = calls.server("v1", silent=True), calls.server("v2", silent=True)
+    await calls.deploy(v1, proxy_protocol=former)
+    voice, control = calls.pair("127.0.0.9")
+    await control.say_report()
+    await until(lambda: v1.received)
+    await calls.begin(v2, proxy_protocol=not former)
+    unknown, hashed = calls.phone("127.0.0.10"), calls.phone("127.0.0.11")
+    await unknown.say_request(b"nobody")
+    await voice.say_voice()
+    await hashed.say_voice()
+    await until(lambda: (len(v1.received), len(v2.received)) == (3, 2))
+    await hashed.say_request(b"nobody")  # as its own target is silent, the other one is asked
+    await until(lambda: (len(v1.received), len(v2.received)) == (4, 3))
+    headers = {
+        encode_v2(phone.address, (LOCALHOST, phone.to), datagram=True) for phone in calls.phones
+    }
+    for server, has_header in ((v1, former), (v2, not former)):
+        for payload in (each.payload for each in server.received):
+            begun = {header for header in headers if payload.startswith(header)}
+            assert len(begun) == has_header
+            kind = look_at(payload[len(max(begun, default=b"")) :]).kind
+            assert kind in ("stun", "rtp", "rtcp")
 
 
 # Names

@@ -66,15 +66,64 @@ async def test_who_is_not_asked_for_takes_nobodys_place(monkeypatch: pytest.Monk
         await calls.deploy(v1, v2, limit=2)
         await calls.phone().say_voice()
         await until(lambda: len(v1.received) + len(v2.received) == 1)
+        await trio.sleep(FAIR_CHANCE)
         await calls.phone().say_request(b"nobody")
         await until(lambda: calls.relay.undecided == 1)
-        await trio.sleep(FAIR_CHANCE)
         await calls.phone("127.0.0.9").say_request(b"nobody")
         await until(lambda: calls.counted("dropped", "ask_limit") == 1)
-        assert calls.counted("ended", "evicted") == 0
+        assert calls.counted("ended", "evicted") == 0, "though one has had its time"
         # Who can be served still finds room.
         await calls.phone("127.0.0.9").say_voice()
         await until(lambda: calls.counted("ended", "evicted") == 1)
+
+
+async def test_a_full_network_makes_room_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "AskLimits", partial(AskLimits, each=2))
+    async with open_calls() as calls:
+        v1, v2 = calls.server("v1", stranger=0), calls.server("v2", stranger=0)
+        await calls.deploy(v1, v2)
+        other = calls.phone("127.0.0.10")
+        phones = [calls.phone("127.0.0.9") for _ in range(3)]
+        for phone in (other, *phones[:2]):
+            await phone.say_request(b"nobody")
+            await calls.settle()
+        await trio.sleep(FAIR_CHANCE)
+        await phones[2].say_request(b"nobody")
+        await until(lambda: calls.relay.counters()["created"] == 4)
+        assert (calls.counted("ended", "evicted"), calls.relay.undecided) == (1, 3)
+        for phone in (other, *phones[1:]):  # their sessions go on
+            assert await phone.check(v1.invite()) == "v1"
+        assert calls.relay.counters()["created"] == 4
+
+
+@pytest.mark.parametrize("host", ["127.0.0.200", "127.0.0.20"])
+async def test_a_flood_keeps_nobody_out_for_long(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """Neither whose address is his own, nor who has one in common with those that flood."""
+    monkeypatch.setattr(admission, "AskLimits", partial(AskLimits, total=24, each=4))
+    async with open_calls() as calls, trio.open_nursery() as nursery:
+        v1, v2 = calls.server("v1", stranger=0), calls.server("v2", stranger=0)
+        await calls.deploy(v1, v2)
+        strangers = [calls.phone(f"127.0.0.{20 + place % 10}") for place in range(400)]
+
+        async def flood() -> None:
+            while True:
+                for stranger in strangers:
+                    await stranger.say_request(b"nobody")
+                    await trio.sleep(0.005)
+
+        nursery.start_soon(flood)
+        await until(lambda: calls.relay.undecided == 24 and calls.counted("dropped", "ask_limit"))
+        for server in (v1, v2):
+            phone, ufrag = calls.phone(host), server.invite()
+            async with saying(partial(phone.say_request, ufrag)):
+                await phone.wait(lambda phone=phone: phone.heard)  # type: ignore[misc]
+            assert await phone.ask_data() == server.name
+        nursery.cancel_scope.cancel()
+        # The flood had held its places, which it would have given back after ten seconds.
+        assert calls.counted("ended", "unanswered") == 0
+        assert calls.counted("ended", "evicted") > 0
 
 
 async def test_how_many_requests_of_a_client_are_passed_on(calls: Calls) -> None:

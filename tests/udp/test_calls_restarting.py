@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from kamal_proxy.deployment import DrainResult
 from tests.udp.callers import open_calls
 from tests.udp.serving import until
@@ -32,7 +34,7 @@ async def test_calls_go_on_across_restarts(tmp_path: Path) -> None:
         for _ in range(2):
             await calls.restart()
             (line,) = calls.room.lines.of("UDP sessions restored")
-            assert line == {"service": "game", "count": 19, "lost": 0}
+            assert line == {"service": "game", "count": 13, "lost": 0}
             row = calls.room.row("game")
             assert (row.in_flight, row.pairs_in_use) == (13, 6)
             for pair, each in pairs.items():
@@ -58,6 +60,43 @@ async def test_calls_go_on_across_restarts(tmp_path: Path) -> None:
                 assert await calls.phone().check(ufrags[phone]) == server.name
         await calls.settle()
         assert sum(server.requests for server in servers) == sum(requests) + 2 * 3
+
+
+async def test_as_many_pairs_as_sessions_go_on(tmp_path: Path) -> None:
+    """Each is one, also where there is no room for another."""
+    async with open_calls(tmp_path) as calls:
+        await calls.deploy(calls.server("v1"), limit=2)
+        pairs = [calls.pair(f"127.0.0.{20 + place}") for place in range(2)]
+        for voice, control in pairs:
+            assert [await voice.ask(), await control.report()] == ["v1", "v1"]
+        await calls.restart()
+        (line,) = calls.room.lines.of("UDP sessions restored")
+        assert line == {"service": "game", "count": 2, "lost": 0}
+        assert (calls.relay.live, calls.relay.pairs) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("taken", "count", "lost"), [("first", 1, 0), ("second", 1, 0), ("both", 0, 1)]
+)
+async def test_half_a_pair_goes_on(tmp_path: Path, taken: str, count: int, lost: int) -> None:
+    """Where the source port of the other half is taken; two pairs, of which the other is whole."""
+    async with open_calls(tmp_path) as calls:
+        v1 = calls.server("v1")
+        await calls.deploy(v1)
+        pairs = [calls.pair(), calls.pair()]
+        for voice, control in pairs:
+            assert [await voice.ask(), await control.report()] == ["v1", "v1"]
+        halves = [v1.received[0], v1.received[1]]
+        assert [half.port for half in halves] == [*calls.ports[:2]]
+        await calls.stop()
+        wanted = halves if taken == "both" else [halves[taken == "second"]]
+        holders = [calls.world.open_socket("0.0.0.0", half.source) for half in wanted]
+        await calls.start()
+        (line,) = calls.room.lines.of("UDP sessions restored")
+        assert line == {"service": "game", "count": 1 + count, "lost": lost}
+        assert (calls.relay.live, calls.relay.pairs) == (1 + count, 1)
+        for holder in holders:
+            holder.close()
 
 
 async def test_calls_of_one_address_stay_two_across_a_restart(tmp_path: Path) -> None:

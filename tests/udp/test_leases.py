@@ -429,6 +429,32 @@ async def test_a_removal_during_a_deploy_keeps_what_that_needs() -> None:
         assert free(span) == [*span]
 
 
+async def test_everything_else_runs_during_such_a_removal() -> None:
+    span, turns = free_range(1000), 0
+    async with open_services() as room, trio.open_nursery() as nursery:
+        target = server(room, "v1", span[0])
+        await room.deploy("calls", target, **media(span))
+        host, _, port = target.rpartition(":")
+        deploying = room.start("calls", target, **media(span), check=TCP)
+        await until(lambda: deploying.events)
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        nursery.start_soon(count_turns)
+        await room.services.remove("calls")
+        assert turns >= len(span) / leases._AT_ONCE
+        nursery.cancel_scope.cancel()
+        client = room.client(to=(LOCALHOST, span[0]))
+        waiting = await client.send()
+        with socket.create_server((host, int(port))):
+            await deploying.wait()
+        assert await client.receive() == b"v1:" + waiting
+
+
 async def test_a_service_changes_between_a_range_and_a_port() -> None:
     span = free_range(4)
     async with open_services() as room:

@@ -11,6 +11,7 @@ import trio
 
 from kamal_proxy import sockets
 from kamal_proxy.deployment import DrainResult
+from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import deployment
 from tests.scripted import LOCALHOST
 from tests.udp.serving import UNANSWERED, Client, Room, Target, open_services, until
@@ -325,6 +326,25 @@ async def test_a_session_of_a_replaced_target_that_dies_goes_to_the_new_one() ->
         assert (room.row("game").in_flight, room.row("game").draining) == (1, 0)
         # With that the drain is over, without another datagram.
         assert await deploying.wait() == DrainResult(completed=1)
+
+
+async def test_a_session_whose_replaced_target_dies_begins_anew_where_headers_differ() -> None:
+    """It can't be moved: its datagrams begin as the replaced target wanted."""
+    async with open_services() as room:
+        v1, v2 = room.target("v1"), room.target("v2")
+        await room.deploy("game", v1)
+        client = room.client()
+        assert await client.ask() == "v1"
+        deploying = await room.begin("game", v2, proxy_protocol=True)
+        assert await client.ask() == "v1"
+        v1.die()
+        payload = b""
+        while not v2.received:
+            payload = await client.send()
+            await trio.sleep(0.05)
+        header = encode_v2((LOCALHOST, client.port), (LOCALHOST, room.port), datagram=True)
+        assert v2.received[0].payload == header + payload
+        assert await deploying.wait() == DrainResult(cancelled=1)
 
 
 # Names

@@ -399,6 +399,7 @@ def test_a_client_asks_so_often(driver: Driver) -> None:
 
 
 def test_all_clients_ask_so_often() -> None:
+    """But for one request of each in a second: no flood of the others keeps that out."""
     with driving("127.0.0.1", sockets=False) as driver:
         driver.generation = driver.relay.add_generation(60.0, 60.0, media=True)
         driver.decide = driver.ask
@@ -410,7 +411,7 @@ def test_all_clients_ask_so_often() -> None:
             driver.settle()
         driver.wait_for(1.0 - time.monotonic() % 1.0)
         dropped = within_a_second(driver, *clients, count=MOST_IN_A_SECOND)
-        assert dropped == 110 * MOST_IN_A_SECOND - 5000
+        assert dropped == 110 * MOST_IN_A_SECOND - 5000 - 10
 
 
 def test_who_has_no_target_yet_is_counted(driver: Driver) -> None:

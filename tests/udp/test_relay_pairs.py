@@ -622,6 +622,36 @@ def test_no_half_moves_alone(driver: Driver) -> None:
     assert driver.relay.move(session, driver.generation, new[RTP].number) is True
 
 
+def test_a_pair_that_is_refused_is_told_once(driver: Driver) -> None:
+    """Though its RTCP had been refused before RTP came, which was too: it moves as a whole."""
+    old, new = driver.listen_to_pair(TARGET, OTHER)
+    for target in (*old, *new):
+        driver.shut(target)
+    voice, control = driver.caller("127.0.0.1", *free_range(2))
+    control.say(sender_report(1))
+    driver.turn()  # admitted, and refused meanwhile
+    for _ in range(2):
+        voice.say(rtp(1))
+    driver.turn()  # what RTP sends second is told of the first
+    assert driver.relay.pairs == 1
+    (refusal,) = driver.refusals
+    (session,) = sessions(driver)
+    assert (refusal.session, refusal.moves) == (session, 0)
+    assert (refusal.client, refusal.local) == (end_of(control.where), end_of(control.to))
+    # Whichever half is refused next, the session is told by its first one.
+    assert driver.relay.move(session, driver.generation, new[RTP].number)
+    driver.refusals.clear()
+    driver.settle()
+    for count in (1, 2):
+        driver.refusals.clear()
+        voice.say(rtp(1))
+        driver.pump(lambda: driver.refusals)
+        (again,) = driver.refusals
+        assert again._replace(span=0.0) == refusal._replace(
+            target=new[RTP].number, moves=1, refusals=count
+        )
+
+
 # Sessions that outlive the process
 
 
