@@ -553,7 +553,8 @@ class Relay:
     ) -> list[tuple[int, int, int, bool, bool, int, int, float, bytes, bytes]]:
         """Return the sessions whose target's port was found closed during the last run.
 
-        Each once; those without affinity once for each such target. Each with its number, generation and target; whether it has affinity and was ever answered;
+        Each once; those without affinity once for each such target. Each with its number,
+        generation and target; whether it has affinity and was ever answered;
         how often it has moved; how often it was refused since it last heard from the target, and
         the seconds between the first and the last of these; the client's and the local end.
         """

@@ -8,11 +8,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import attrs
-
 from kamal_proxy.control.messages import CertificateDescription
 from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.matching import host_name
+from kamal_proxy.tls.contexts import load_client_ca
 from kamal_proxy.tls.hosts import Authority
 from kamal_proxy.tls.issuer import Issuer
 from kamal_proxy.tls.on_demand import OnDemand
@@ -42,6 +41,8 @@ class Certificates:
         log: Where is said what becomes of them.
         metrics: Where they are counted.
 
+    Raises CertificateError if the file that verifies the certificate authority can't be used.
+
     Attributes:
         selection: Chooses one for a handshake.
     """
@@ -54,6 +55,9 @@ class Certificates:
         log: Log,
         metrics: Metrics,
     ) -> None:
+        if options.acme.ca_file:
+            # Otherwise only the log of each attempt would tell.
+            load_client_ca(options.acme.ca_file)
         path = options.certificates_path
         self._path = "" if path is None else str(path)
         self._routes = routes
@@ -65,9 +69,11 @@ class Certificates:
         """Obtain and renew certificates until cancelled."""
         await self._issuer.run(task_status=task_status)
 
-    def require_obtainable(self, options: ServiceOptions) -> None:
-        """Raise InvalidOptionsError if certificates for a service could never be obtained."""
-        if not options.tls_enabled or options.tls_certificate_path:
+    def require_possible(self, options: ServiceOptions) -> None:
+        """Raise InvalidOptionsError if a service with these options could not use TLS."""
+        if not self._needed:
+            raise InvalidOptionsError("TLS needs HTTPS, which this proxy does not serve")
+        if options.tls_certificate_path:
             return
         for host in options.hosts:
             if why := refusal(host_name(host)):
@@ -91,6 +97,12 @@ class Certificates:
             }
         )
 
+    def try_again(self, service: str) -> None:
+        """Try at once what could not be obtained for a service that was just deployed."""
+        deployed = self._routes().get(service)
+        if deployed is not None:
+            self._issuer.try_again([host_name(host) for host in deployed.options.hosts])
+
     async def validate(self, token: str) -> bytes | None:
         """Answer a certificate authority that asks for a token, if it is known here."""
         return await self._issuer.validate(token)
@@ -103,8 +115,7 @@ class Certificates:
             if service.tls is not None and service.tls.has_own_certificate
             if "/" in service.options.path_prefixes
         )
-        obtained = (CertificateDescription(**attrs.asdict(row)) for row in self._issuer.describe())
-        return sorted((*own, *obtained), key=lambda each: each.host)
+        return sorted((*own, *self._issuer.describe()), key=lambda each: each.host)
 
     async def renew(self, host: str) -> None:
         """Obtain a new certificate for a host now.

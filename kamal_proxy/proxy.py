@@ -123,15 +123,20 @@ class Proxy:
             def connect(host: str, port: int, scheme: TargetScheme) -> Pool:
                 return new_pool(poller, host, port, scheme, options.max_head_size)
 
+            certificates = self._certificates = Certificates(
+                options,
+                lambda: services.routes,
+                ApplicationAsker(lambda: services.routes),
+                self._log,
+                self._metrics,
+            )
             services = Services(
                 state,
                 self._log,
                 probe=probe,
                 connect=connect,
                 load_pages=load_error_pages,
-                https=options.https_port is not None,
-                on_routes=lambda routes: certificates.want(routes),
-                check_tls=lambda service: certificates.require_obtainable(service),
+                certificates=certificates,
                 metrics=self._metrics,
             )
             udp = UdpServices(
@@ -143,13 +148,6 @@ class Proxy:
                 http_probe=http_probe,
                 interrupt=poller.fileno(),
                 metrics=self._metrics,
-            )
-            certificates = self._certificates = Certificates(
-                options,
-                lambda: services.routes,
-                ApplicationAsker(lambda: services.routes),
-                self._log,
-                self._metrics,
             )
             restored, udp_restored = services.restore(), udp.restore()
             web = self._web = stack.enter_context(

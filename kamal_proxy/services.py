@@ -8,7 +8,7 @@ in the nursery that the proxy gives.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import attrs
 import trio
@@ -17,7 +17,6 @@ from kamal_proxy.balancer import split_point
 from kamal_proxy.deployment import Deployment, DrainResult, Target
 from kamal_proxy.errors import (
     CertificateError,
-    InvalidOptionsError,
     ResumedError,
     RolloutNotSetError,
     ServiceNotFoundError,
@@ -57,6 +56,19 @@ TLS_FILES_INTERVAL = 5.0  # seconds between two looks at the files of certificat
 _MAX_LOADS = 4  # directories of error pages and certificates that are read at once
 
 
+class ObtainedCertificates(Protocol):
+    """What obtains certificates, as far as services need it."""
+
+    def require_possible(self, options: ServiceOptions) -> None:
+        """Raise InvalidOptionsError if a service with these options could not use TLS."""
+
+    def want(self, routes: RoutingTable) -> None:
+        """Take note of a new routing table: obtain what it needs, and no more than that."""
+
+    def try_again(self, service: str) -> None:
+        """Try at once what could not be obtained for a service that was just deployed."""
+
+
 class Services:
     """All services of a proxy.
 
@@ -66,9 +78,7 @@ class Services:
         probe: Probes a target.
         connect: Makes the connections of a target from its host and port, and what is spoken.
         load_pages: Reads a service's own error pages from a directory, blocking.
-        https: Whether HTTPS is served, so that services can use TLS.
-        check_tls: Raises InvalidOptionsError for options with which no TLS is possible.
-        on_routes: Told of each new routing table.
+        certificates: Obtains certificates for services with TLS.
         metrics: Counts probes and deploys.
     """
 
@@ -80,9 +90,7 @@ class Services:
         probe: Probe,
         connect: Connect,
         load_pages: Callable[[str], Pages],
-        https: bool,
-        check_tls: Callable[[ServiceOptions], None],
-        on_routes: Callable[[RoutingTable], None],
+        certificates: ObtainedCertificates,
         metrics: Metrics,
     ) -> None:
         self._state = state
@@ -90,9 +98,7 @@ class Services:
         self._probe = probe
         self._connect = connect
         self._load_pages = load_pages
-        self._https = https
-        self._check_tls = check_tls
-        self._on_routes = on_routes
+        self._certificates = certificates
         self._metrics = metrics
         self._commit = trio.Lock()
         # Threads of their own: neither a slow name service nor a slow directory may hold up
@@ -153,9 +159,7 @@ class Services:
         if options.service_options.error_page_path:
             pages = await self._load(self._load_pages, options.service_options.error_page_path)
         if options.service_options.tls_enabled:
-            if not self._https:
-                raise InvalidOptionsError("TLS needs HTTPS, which this proxy does not serve")
-            self._check_tls(options.service_options)
+            self._certificates.require_possible(options.service_options)
             tls = TlsFiles(options.service_options)
             await self._load(TlsFiles.load, tls)
             tell_doubts(options.service, tls, self._log)
@@ -259,6 +263,7 @@ class Services:
             switched = True
         finally:
             self._metrics.deploy(name, "ok" if switched else "failed", report.elapsed)
+        self._certificates.try_again(name)
         report("switched")
         if replaced is None:
             return DrainResult()
@@ -531,7 +536,7 @@ class Services:
 
     def _show(self, routes: RoutingTable) -> None:
         self.routes = routes
-        self._on_routes(routes)
+        self._certificates.want(routes)
 
     async def _load(self, load: Callable[[A], R], what: A) -> R:
         """Read files in a thread, which is left alone if nobody waits for it any more."""

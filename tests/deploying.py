@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kamal_proxy.deployment import DrainResult
     from kamal_proxy.options import HealthCheckOptions
     from kamal_proxy.probing import Watched
+    from kamal_proxy.router import RoutingTable
     from kamal_proxy.service import Service
 
 HANG = "hang"
@@ -57,6 +58,19 @@ class Probes:
             await trio.sleep_forever()
         url = f"http://{target.name}{options.path}"
         return ProbeResult(result is True, "status 200" if result is True else str(result), url)
+
+
+class NoCertificates:
+    """Obtains nothing, and has nothing against TLS."""
+
+    def require_possible(self, options: ServiceOptions) -> None:
+        """Allow everything."""
+
+    def want(self, routes: RoutingTable) -> None:
+        """Want nothing."""
+
+    def try_again(self, service: str) -> None:
+        """Try nothing."""
 
 
 @attrs.define(eq=False)
@@ -256,9 +270,7 @@ async def open_room(path: Path, **script: list[bool | str]) -> AsyncIterator[Roo
             probe=probes,
             connect=Connections,
             load_pages=load_error_pages,
-            https=True,
-            check_tls=lambda options: None,
-            on_routes=lambda routes: None,
+            certificates=NoCertificates(),
             metrics=Metrics(),
         )
         async with trio.open_nursery() as nursery:

@@ -32,6 +32,7 @@ from tests.deploying import (
     HANG,
     Connections,
     Lines,
+    NoCertificates,
     Probes,
     Request,
     open_room,
@@ -399,9 +400,7 @@ async def test_before_the_start_there_is_nothing_to_change() -> None:
         probe=Probes(),
         connect=Connections,
         load_pages=load_error_pages,
-        https=True,
-        check_tls=lambda options: None,
-        on_routes=lambda routes: None,
+        certificates=NoCertificates(),
         metrics=Metrics(),
     )
     with pytest.raises(ShuttingDownError):
@@ -418,9 +417,7 @@ async def test_without_a_state_file(autojump_clock: MockClock) -> None:
         probe=Probes(),
         connect=Connections,
         load_pages=load_error_pages,
-        https=True,
-        check_tls=lambda options: None,
-        on_routes=lambda routes: None,
+        certificates=NoCertificates(),
         metrics=Metrics(),
     )
     assert services.restore() == []

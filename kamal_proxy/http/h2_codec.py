@@ -88,6 +88,3 @@ class ServerCodec(H2Connection):
             self.acknowledge_received_data(len(frame) - FRAME_HEAD, stream_id)
             self.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
             return [StreamReset(stream_id=stream_id, remote_reset=False)]
-
-    def clear_outbound_data_buffer(self) -> None:
-        """Do nothing: what is to be sent is still to be sent after the client's GOAWAY."""

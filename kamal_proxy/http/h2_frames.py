@@ -118,7 +118,7 @@ class FrameReader:
 
 def _check_first(data: bytes, kind: int) -> None:
     if data.startswith(b"HTTP/"):
-        raise FrameError("it speaks HTTP/1 here, not HTTP/2")
+        raise FrameError("it speaks HTTP/1 here; leave out h2c:// to reach it so")
     if kind != _SETTINGS:  # RFC 9113 3.4
         raise FrameError("it does not speak HTTP/2 here")
 

@@ -29,8 +29,8 @@ _PADDED = 0x8
 _BURST = 2000.0
 _PER_SECOND = 200.0
 _PER_REQUEST = 20.0
-_PER_DATA_SENT = 4.0  # WINDOW_UPDATE frames answer them: two each, with careful clients
-_PER_TINY_SENT = 0.5  # more than that, and a window that is opened by bytes would pay for itself
+_PER_DATA_SENT = 4.0  # WINDOW_UPDATE and PING frames answer them: three, with gRPC's clients
+_PER_DRIBBLE = 0.5  # more than that, and a window that is opened by bytes would pay for itself
 _PER_DATA_RECEIVED = 1.0
 _TINY = 1024  # bytes
 _COST_CHEAP = 1.0
@@ -162,9 +162,14 @@ class FrameGuard:
             self._count(frame, length, now)
             yield frame
 
-    def sent_data(self, size: int) -> None:
-        """Note that a DATA frame was sent: the client will answer with window updates."""
-        self._budget.give(_PER_TINY_SENT if size < _TINY else _PER_DATA_SENT)
+    def sent_data(self, window: int, *, cut: bool) -> None:
+        """Note that a DATA frame was sent: the client will answer with window updates.
+
+        Args:
+            window: Bytes that the client allowed it to have.
+            cut: Whether there was more to send.
+        """
+        self._budget.give(_PER_DRIBBLE if cut and window < _TINY else _PER_DATA_SENT)
 
     def answered(self) -> None:
         """Note that a request was answered."""

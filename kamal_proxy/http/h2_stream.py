@@ -82,7 +82,7 @@ class H2Stream(MultiplexedStream):
             data = self.take_output(limit)
             last = self.ending and not (self.queued or self.trailers_out)
             codec.send_data(self.stream_id, data, end_stream=last)
-            self._connection.guard.sent_data(len(data))
+            self._connection.guard.sent_data(limit, cut=self.queued > 0)
         else:
             last = True
             if self.trailers_out:

@@ -1,8 +1,8 @@
 """One HTTP/2 connection to a target, which carries many requests.
 
 Two tasks belong to it, one that reads and one that sends what the socket did not take at once; both
-end with it. The h2 library has the protocol, this module the limits: what a target may send without
-being asked for it, and what waits to be sent to a target that takes nothing.
+end with it. The h2 library has the protocol, this module the limit to what a target may send
+without being asked for it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from h2.settings import SettingCodes, Settings
 from kamal_proxy.http import h2_fields
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError
 from kamal_proxy.http.h2_frames import FrameError, FrameReader, GoAway
+from kamal_proxy.http.h2_outbox import Outbox
 from kamal_proxy.http.h2_upstream import H2Upstream
 from kamal_proxy.sockets import READ_SIZE
 
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 MAX_STREAMS = 100  # requests at a time on one connection
 WINDOW = 256 * 1024  # bytes of a response that wait for its client
 MAX_FRAME = 64 * 1024
-MAX_BACKLOG = 64 * 1024  # bytes that wait to be sent before requests have to wait
-MAX_UNREAD = 1024 * 1024  # bytes that may wait, answers to the target's frames included
 PING_TIMEOUT = 1.0  # seconds
 # Frames that carry nothing, as far as they come faster than what they are about, and this many in a
 # second besides.
@@ -56,6 +55,13 @@ _IDLE_FRAMES_PER_USEFUL = 4
 _MANY_FRAMES = 64
 _TABLE_SIZE = 4096  # bytes; of the table of fields that were sent
 _PING = b"kp-alive"
+
+
+class _Codec(H2Connection):
+    """The library's connection, which remembers fewer streams that have ended."""
+
+    # Enough for frames that were under way when a stream ended; each takes memory.
+    MAX_CLOSED_STREAMS = 10 * MAX_STREAMS
 
 
 class H2TargetConnection:
@@ -76,7 +82,7 @@ class H2TargetConnection:
     def __init__(self, stream: SocketStream, max_head_size: int) -> None:
         self._stream = stream
         # Of what is malformed, the library would make an error of the connection.
-        self._h2 = H2Connection(
+        self._h2 = _Codec(
             H2Configuration(
                 validate_inbound_headers=False,
                 normalize_inbound_headers=False,
@@ -97,10 +103,10 @@ class H2TargetConnection:
         self._frames = FrameReader(MAX_FRAME, max_head_size)
         self._users: set[H2Upstream] = set()
         self._opened: dict[int, H2Upstream] = {}
-        self._unsent = bytearray()
-        self._work = trio.Event()  # there is something unsent
-        self._deaf = False  # the target takes nothing any more, but may have sent something
         self._changed = trio.lowlevel.ParkingLot()  # those that could not send
+        self._outbox = Outbox(
+            stream, self._changed.unpark_all, lambda: self.fail("the target reads nothing")
+        )
         self._pong: trio.Event | None = None
         self._idle_frames = float(MAX_IDLE_FRAMES)  # that the target may still send
         self.ready = trio.Event()
@@ -325,7 +331,7 @@ class H2TargetConnection:
 
     def open(self, upstream: H2Upstream, fields: HeaderPairs, *, end: bool) -> int:
         """Send the head of a request; return the number of its stream, or 0 if it takes none."""
-        if self.failure or self.draining or self._deaf:
+        if self.draining or self.is_deaf:
             return 0
         try:
             stream_id = self._h2.get_next_available_stream_id()
@@ -385,7 +391,7 @@ class H2TargetConnection:
     @property
     def is_congested(self) -> bool:
         """Whether enough waits to be sent."""
-        return len(self._unsent) >= MAX_BACKLOG
+        return self._outbox.is_congested
 
     def takes(self, stream_id: int) -> bool:
         """Return whether something can be sent on a stream, or a new one opened (0)."""
@@ -400,46 +406,19 @@ class H2TargetConnection:
     @property
     def is_deaf(self) -> bool:
         """Whether the target takes nothing any more."""
-        return self._deaf or bool(self.failure)
+        return self._outbox.is_deaf or bool(self.failure)
 
     def flush(self) -> None:
         """Send what is framed; what the socket does not take now is sent by a task."""
-        if self.is_deaf or not (data := self._h2.data_to_send()):
-            return
-        if not self._unsent:
-            try:
-                sent = self._stream.send_nowait(data)
-            except trio.BrokenResourceError:
-                self._deafen()
-                return
-            if sent == len(data):
-                return
-            data = data[sent:]
-        self._unsent += data
-        if len(self._unsent) > MAX_UNREAD:
-            self.fail("the target reads nothing")
-        else:
-            self._work.set()
+        data = self._h2.data_to_send()
+        if data and not self.failure:
+            self._outbox.send(data)
 
     async def _write(self) -> None:
         try:
-            while True:
-                await self._work.wait()
-                while self._unsent:
-                    await self._stream.wait_writable()
-                    part = bytes(self._unsent[:READ_SIZE])
-                    del self._unsent[: self._stream.send_nowait(part)]
-                    self._changed.unpark_all()
-                self._work = trio.Event()
-        except trio.BrokenResourceError:
-            self._deafen()
+            await self._outbox.run()
         except trio.ClosedResourceError:
             assert self.failure, "only a failure closes it"
-
-    def _deafen(self) -> None:
-        """Send nothing more: what the target had sent before still counts, then its end is read."""
-        self._deaf = True
-        self._changed.unpark_all()
 
     def _end(self, code: ErrorCodes) -> None:
         """Tell the target that this is the end, if it takes that at once."""

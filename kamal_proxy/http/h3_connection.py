@@ -331,7 +331,6 @@ class H3Connection:
             await stream.linger()
         finally:
             del self._streams[stream.stream_id]
-            stream.settle()
             if not self._streams:
                 self._idle_since = trio.current_time()
                 self._end_if_done()

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 WORK_BURST = 1.0
 WORK_PER_SECOND = 0.1
 
-
 #: Bytes of responses that clients have not acknowledged, of all connections together.
 MAX_OUTPUT = 256 * 1024 * 1024
 
@@ -51,6 +50,7 @@ class Limits:
         connections: How many are.
         unproven: Open handshakes of addresses that are not proven.
         proven: Those of the others, by address.
+        handshakes: Both together.
         held: Bytes that the connections hold of what clients have sent.
         output: Bytes that they hold of what clients have not acknowledged.
         closing: Whether new connections are refused.
@@ -69,9 +69,12 @@ class Limits:
 class Link:
     """One connection, as its endpoint knows it.
 
-    Attributes:
+    Args:
+        endpoint: The endpoint.
         quic: The connection.
-        path: Where it was opened from; ``address`` tells where the client is now.
+        path: Where it was opened from.
+        give_up_at: When its handshake must be complete, on Trio's clock.
+        proven: Whether the client had proven its address before.
     """
 
     __slots__ = (

@@ -1,7 +1,8 @@
 """A QUIC connection of aioquic's that chooses its certificate late and keeps what it buffers small.
 
-All that the proxy relies on beyond aioquic's documented interface is in this module, written
-against aioquic 1.7 and meant for ``>=1.7,<1.8``; ``tests/http3/test_quic.py`` fails if it changes:
+All that the proxy relies on beyond aioquic's documented interface is in this module, and in the
+reading and writing of packets in ``h3_packets``. It is written against aioquic 1.7 and meant for
+``>=1.7,<1.8``; ``tests/http3/test_quic.py`` fails if it changes:
 
 * ``QuicConnection._initialize`` makes ``self.tls`` at the first datagram, and the context's
   ``_server_handle_hello(input, initial, handshake)`` reads ``certificate``, ``certificate_chain``

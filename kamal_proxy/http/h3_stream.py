@@ -42,7 +42,7 @@ class H3Stream(MultiplexedStream):
         stream_id: Its number.
     """
 
-    __slots__ = ("_announced", "_body", "_connection", "_held", "_left", "_moved", "stream_id")
+    __slots__ = ("_connection", "_left", "_moved", "stream_id")
 
     def __init__(
         self, connection: H3Connection, stream_id: int, head: RequestHead, *, ended: bool
@@ -50,10 +50,6 @@ class H3Stream(MultiplexedStream):
         super().__init__(connection, head, ended=ended)
         self._connection = connection
         self.stream_id = stream_id
-        # -1 if no length was announced; in a tunnel there is none.
-        self._announced = -1 if head.protocol else head.length
-        self._body = 0  # bytes of body that have come
-        self._held = 0  # of them, those that were not taken
         self._left = 0  # bytes with aioquic when it was last asked
         self._moved: trio.Event | None = None  # what waits for an acknowledgement
 
@@ -61,37 +57,18 @@ class H3Stream(MultiplexedStream):
 
     def receive_data(self, data: bytes) -> None:
         """Take a part of the request's body. What nobody wants is given back at once."""
-        self._body += len(data)
+        super().receive_data(data)
         if self.gone:
             self._connection.give_credit(self.stream_id, len(data))
-        elif 0 <= self._announced < self._body:
-            self._connection.give_credit(self.stream_id, len(data))
-            self.malformed()
-        else:
-            self._held += len(data)
-            super().receive_data(data)
-
-    def receive_end(self) -> None:
-        """Take note that the request has arrived whole: as much of it as was announced."""
-        if not self.gone and 0 <= self._announced != self._body:
-            self.malformed()
-        super().receive_end()
 
     def malformed(self) -> None:
         """End a request that must not be read any further (RFC 9114 4.1.2)."""
-        self._connection.count_reset()
         self.abort(Ending.MALFORMED)
         self.client_gone()
 
     def consumed(self, count: int) -> None:
         """Let the client send so many more bytes of body: they were taken."""
-        self._held -= count
         self._connection.give_credit(self.stream_id, count)
-
-    def settle(self) -> None:
-        """Give back what nobody will take any more."""
-        self._connection.give_credit(self.stream_id, self._held)
-        self._held = 0
 
     # The response
 
@@ -171,6 +148,8 @@ class H3Stream(MultiplexedStream):
         """End the stream, unless the client did: what it carries is neither sent nor read."""
         if self.gone:
             return
+        if ending is Ending.MALFORMED:
+            self._connection.count_reset()
         code = ERROR_CODES[ending]
         quic = self._connection.quic
         if ending is not Ending.DONE:

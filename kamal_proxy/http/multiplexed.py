@@ -138,7 +138,8 @@ class MultiplexedStream(ABC):
         self._reason = Reason.IDLE
         self._exchange: Exchange | None = None
         # The request
-        self._arrived: list[bytes] = []
+        # Not a list of parts: those of one byte would take forty times the memory of the window.
+        self._arrived = bytearray()
         self._arrival: trio.Event | None = None  # what waits for more
         self._size = 0  # bytes of body so far
         self._trailers: HeaderPairs = []
@@ -190,7 +191,7 @@ class MultiplexedStream(ABC):
         if 0 <= self._head.length < self._size and not self._head.protocol:
             self._fail()
             return
-        self._arrived.append(data)
+        self._arrived += data
         self._tell_arrival()
 
     def receive_trailers(self, trailers: HeaderPairs) -> None:
@@ -354,11 +355,10 @@ class MultiplexedStream(ABC):
         return self.take_body()
 
     def _take_arrived(self) -> bytes:
-        arrived = self._arrived
-        if not arrived:
+        if not self._arrived:
             return b""
-        data = arrived[0] if len(arrived) == 1 else b"".join(arrived)
-        arrived.clear()
+        data = bytes(self._arrived)
+        self._arrived.clear()
         self.consumed(len(data))
         return data
 

@@ -96,7 +96,8 @@ def translated(
     except messages.Error as error:
         raise _told(error, host, retry_after()) from error
     except RefusedAnswerError as error:
-        raise unreachable(f"gives an answer that can't be used: {error}") from error
+        why = one_line(str(error))
+        raise unreachable(f"gives an answer that can't be used: {why}") from error
     except requests.RequestException as error:
         raise unreachable(f"can't be reached: {_cause(error)}") from error
     except errors.ClientError as error:

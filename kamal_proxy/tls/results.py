@@ -120,7 +120,7 @@ class Results:
             "Certificate can't be renewed" if host.has_own else "Certificate can't be obtained",
             host=host.name,
             error=str(error),
-            next_attempt=moment(max(host.next_at, live.hold_until)),
+            next_attempt=moment(host.due_at),
             directory=live.source.directory,
         )
 

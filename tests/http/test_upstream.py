@@ -286,8 +286,9 @@ async def test_looks_up_again_after_a_failure(place: Place, autojump_clock: Mock
 async def test_a_stale_address_is_looked_up_again_at_once(
     place: Place, autojump_clock: MockClock
 ) -> None:
-    place.pool._addresses = [(socket.AF_UNIX, place.address + ".old")]  # type: ignore[list-item]
-    place.pool._resolved_at = trio.current_time()
+    dialer = place.pool._dialer
+    dialer._addresses = [(socket.AF_UNIX, place.address + ".old")]  # type: ignore[list-item]
+    dialer._resolved_at = trio.current_time()
     (await place.pool.connect()).stream.close()
     assert place.lookups == 1
 

@@ -170,7 +170,7 @@ async def test_each_window_is_waited_for_alone(world: Open) -> None:
         await client.wait(lambda: len(answer.body) == 65535)
         client.codec.increment_flow_control_window(MEGABYTE)
         await client.flush()
-        await client.answer(stream)
+        assert len((await client.answer(stream)).body) == MEGABYTE
         # that of the stream,
         client = await open_h2(running)
         client.taking = False
@@ -184,7 +184,7 @@ async def test_each_window_is_waited_for_alone(world: Open) -> None:
         # and that of all streams.
         client.codec.update_settings({4: 2 * MEGABYTE})
         await client.flush()
-        await client.answer(stream)
+        assert len((await client.answer(stream)).body) == MEGABYTE
 
 
 async def test_the_body_of_a_request_is_passed_on_chunked_or_as_long_as_announced(
@@ -223,6 +223,27 @@ async def test_a_large_upload_opens_the_windows_again(world: Open) -> None:
             await client.send_data(stream, b"x" * size, end=not left)
         assert (await client.answer(stream)).status == 200
     assert received == b"x" * (3 * MEGABYTE)
+
+
+async def test_padding_does_not_use_up_the_windows(world: Open) -> None:
+    received = bytearray()
+
+    async def answer(stream: trio.SocketStream) -> None:
+        received.extend((await read_head(stream)).partition(b"\r\n\r\n")[2])
+        while not received.endswith(b"0\r\n\r\n"):
+            received.extend(await stream.receive_some())
+        await stream.send_all(HELLO)
+
+    async with world(answer) as running:
+        client = await open_h2(running)
+        stream = await client.request(method=b"PUT", end=False)
+        for _ in range(3000):
+            await client.wait(lambda: client.codec.local_flow_control_window(stream) > 300)
+            client.codec.send_data(stream, b"x", pad_length=255)
+            await client.flush()
+        await client.send_data(stream, b"", end=True)
+        assert (await client.answer(stream)).status == 200
+    assert received.count(b"x") == 3000
 
 
 async def test_trailers_pass_in_both_directions(world: Open) -> None:

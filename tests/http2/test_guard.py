@@ -152,8 +152,15 @@ def test_data_and_requests_are_no_floods() -> None:
     feed(guard, (frame(HEADERS, b"x", END_HEADERS, 1) + frame(DATA, b"", END_STREAM, 1)) * 5000)
     feed(guard, frame(DATA, b"x", stream=1) * 5000)
     for _ in range(5000):
-        guard.sent_data(16384)
+        guard.sent_data(16384, cut=True)
         feed(guard, frame(WINDOW_UPDATE, bytes(4)) * 2)
+
+
+def test_short_messages_that_are_answered_are_no_flood() -> None:
+    guard = begun()
+    for _ in range(5000):
+        guard.sent_data(16384, cut=False)
+        feed(guard, frame(WINDOW_UPDATE, bytes(4)) * 2 + frame(PING, bytes(8)))
 
 
 def test_a_window_opened_by_bytes_is_a_flood() -> None:
@@ -161,7 +168,7 @@ def test_a_window_opened_by_bytes_is_a_flood() -> None:
 
     def dribble() -> None:
         for _ in range(5000):
-            guard.sent_data(1)
+            guard.sent_data(1, cut=True)
             feed(guard, frame(WINDOW_UPDATE, bytes(4)))
 
     with pytest.raises(FloodError):

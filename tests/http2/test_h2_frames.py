@@ -121,7 +121,7 @@ def test_what_came_before_an_error_counts() -> None:
 @pytest.mark.parametrize(
     ("begin", "error"),
     [
-        (b"HTTP/1.1 400 Bad", "it speaks HTTP/1 here, not HTTP/2"),
+        (b"HTTP/1.1 400 Bad", "it speaks HTTP/1 here; leave out h2c:// to reach it so"),
         (b"SSH-2.0-OpenSSH_9", "it does not speak HTTP/2 here"),
         (data(1), "it does not speak HTTP/2 here"),
     ],

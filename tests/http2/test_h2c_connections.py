@@ -9,6 +9,7 @@ import pytest
 import trio
 from h2.settings import SettingCodes
 
+from kamal_proxy import RolloutOptions
 from kamal_proxy.http import exchange, h2_pool, upload
 from kamal_proxy.http import upstream as upstream_module
 from tests.http2.targets import Asked, H2Peer, answer, h2, h2c, stay
@@ -17,6 +18,7 @@ from tests.scripted import ConnectionCut, Peer, open_client, open_upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from tests.scripted import Response
 
@@ -181,10 +183,11 @@ async def test_a_target_that_goes_away_finishes_what_it_has_begun(proxy: Embedde
 
 
 async def test_an_idle_connection_that_is_given_up_is_closed(proxy: Embedded) -> None:
-    closed = trio.Event()
+    idle, closed = trio.Event(), trio.Event()
 
     async def serve(peer: H2Peer) -> None:
         await peer.respond(await peer.wait_request())
+        await idle.wait()
         await peer.wire.send(goaway(1))
         await peer.wait_closed()
         closed.set()
@@ -193,6 +196,8 @@ async def test_an_idle_connection_that_is_given_up_is_closed(proxy: Embedded) ->
         await proxy.deploy(h2c(upstream))
         async with open_client(proxy.port) as client:
             assert (await client.get()).status == 200
+            await proxy.lines.wait_requests(1)
+            idle.set()
             await closed.wait()
 
 
@@ -243,8 +248,12 @@ async def test_what_was_not_processed_is_sent_again(
 
 
 async def test_a_body_that_has_begun_is_sent_again_from_its_start(proxy: Embedded) -> None:
+    begun = trio.Event()
+
     async def refuse(peer: H2Peer) -> None:
         asked = await peer.wait_request(whole=False)
+        await peer.wait(lambda: asked.body == b"one ")
+        begun.set()
         await peer.wait(lambda: asked.body == b"one two ")
         await peer.wire.send(goaway(0))
         await peer.wait_closed()
@@ -255,6 +264,7 @@ async def test_a_body_that_has_begun_is_sent_again_from_its_start(proxy: Embedde
         await proxy.deploy(h2c(upstream))
         async with open_client(proxy.port) as client:
             await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 13\r\n\r\none ")
+            await begun.wait()
             await client.send(b"two ")
             await upstream.wait_peers(2)
             await client.send(b"three")
@@ -335,6 +345,24 @@ async def test_a_connection_that_breaks_under_a_request(
         assert len(upstream.peers) == (2 if status == 200 else 1)
 
 
+async def test_a_connection_that_breaks_when_it_has_said_something(proxy: Embedded) -> None:
+    """The target may have done a lot by then: the request is not sent again."""
+
+    async def serve(peer: H2Peer) -> None:
+        await peer.respond(await peer.wait_request(1))
+        peer.head(await peer.wait_request(2), 103)
+        await peer.flush()
+
+    async with open_upstream(h2(answer())) as upstream:
+        upstream.script(h2(serve))
+        await proxy.deploy(h2c(upstream))
+        async with open_client(proxy.port) as client:
+            assert (await client.get()).status == 200
+            response = await client.get()
+            assert (response.informational, response.status) == ([103], 502)
+        assert len(upstream.peers) == 1
+
+
 async def test_a_connection_that_breaks_at_its_first_request(proxy: Embedded) -> None:
     async def close(peer: H2Peer) -> None:
         await peer.wait_request()
@@ -408,7 +436,7 @@ async def test_idle_connections_are_closed_after_a_while(
     [
         (
             b"HTTP/1.1 400 Bad Request\r\n\r\n",
-            "not HTTP/2 as it should be: it speaks HTTP/1 here, not HTTP/2",
+            "not HTTP/2 as it should be: it speaks HTTP/1 here; leave out h2c:// to reach it so",
         ),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not HTTP/2 as it should be: it does not speak HTTP/2 here"),
         (b"", "closed by the target"),
@@ -475,3 +503,23 @@ async def test_a_client_of_a_stream_whose_connection_breaks_is_cut(proxy: Embedd
                 with pytest.raises(ConnectionCut) as cut:
                     await client.receive_response()
                 assert cut.value.body == b"begun"
+
+
+async def test_targets_survive_a_restart(tmp_path: Path) -> None:
+    """What is spoken with them is saved with them, also for readers and a rollout."""
+    async with open_upstream(h2(answer())) as upstream:
+        target = f"h2c://{upstream.target}"
+        async with open_embedded(data_directory=tmp_path) as proxy:
+            await proxy.deploy(attrs.evolve(h2c(upstream), read_targets=(target,)))
+            await proxy.proxy.deploy_rollout("web", RolloutOptions(targets=(target,)))
+        async with open_embedded(data_directory=tmp_path) as proxy:
+            async with open_client(proxy.port) as client:
+                assert (await client.get()).status == 200
+                assert (await client.request(POST)).status == 200
+            (service,) = proxy.proxy.services()
+            assert (service.targets, service.read_targets, service.rollout_targets) == (
+                (target,),
+                (target,),
+                (target,),
+            )
+            assert set(service.healthy) == {target}

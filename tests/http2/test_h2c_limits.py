@@ -343,12 +343,54 @@ async def test_a_window_that_opens_late_and_a_little_at_a_time(proxy: Embedded) 
 
 async def test_a_table_of_any_size_is_kept_small(proxy: Embedded) -> None:
     """A target may offer a huge table of fields; what is not in it must still be readable."""
+    peers: list[H2Peer] = []
     seen: list[Asked] = []
+
+    async def serve(peer: H2Peer) -> None:
+        peers.append(peer)
+        await answer(seen=seen)(peer)
+
     settings = {SettingCodes.HEADER_TABLE_SIZE: 2**31}
-    async with open_upstream(h2(answer(seen=seen), settings)) as upstream:
+    async with open_upstream(h2(serve, settings)) as upstream:
         await proxy.deploy(h2c(upstream))
         async with open_client(proxy.port) as client:
             for number in range(50):
                 fields = f"X-{number}: {'v' * 500}\r\n"
                 assert (await client.get(headers=fields)).status == 200
     assert [asked.get(b"x-%d" % n) for n, asked in enumerate(seen)] == [b"v" * 500] * 50
+    assert peers[0].h2.decoder.header_table_size == 4096
+
+
+async def test_padding_alone_takes_no_window_for_good(proxy: Embedded) -> None:
+    async def serve(peer: H2Peer) -> None:
+        asked = await peer.wait_request()
+        peer.head(asked)
+        for _ in range(600):
+            peer.h2.send_data(asked.stream_id, b"", pad_length=255)
+        left = peer.h2.local_flow_control_window(asked.stream_id)
+        await peer.flush()
+        await peer.wait(lambda: peer.h2.local_flow_control_window(asked.stream_id) > left)
+        peer.h2.send_data(asked.stream_id, b"hello", end_stream=True)
+        await peer.flush()
+        await peer.wait_closed()
+
+    async with open_upstream(h2(serve)) as upstream:
+        await proxy.deploy(h2c(upstream))
+        async with open_client(proxy.port) as client:
+            assert (await client.get()).body == b"hello"
+
+
+@pytest.mark.parametrize(("size", "status"), [(64 * 1024, 200), (4096, 502)])
+async def test_the_largest_head_is_what_it_unpacks_to(size: int, status: int) -> None:
+    async def serve(peer: H2Peer) -> None:
+        asked = await peer.wait_request()
+        begin = Encoder().encode([(b":status", b"200"), (b"a", b"x" * 2000)], huffman=False)
+        await peer.wire.send(
+            frame(HEADERS, asked.stream_id, begin + b"\xbe" * 3, END_HEADERS | END_STREAM)
+        )
+        await peer.wait_closed()
+
+    async with open_embedded(max_head_size=size) as proxy, open_upstream(h2(serve)) as upstream:
+        await proxy.deploy(h2c(upstream))
+        async with open_client(proxy.port) as client:
+            assert (await client.get()).status == status

@@ -116,7 +116,7 @@ async def test_a_target_that_only_speaks_http1(proxy: Embedded) -> None:
 
     async with open_upstream(refuse) as upstream:
         found = await failure(proxy, upstream)
-        assert "it speaks HTTP/1 here, not HTTP/2" in found
+        assert "it speaks HTTP/1 here; leave out h2c:// to reach it so" in found
 
 
 async def test_a_target_that_refuses_connections(proxy: Embedded) -> None:

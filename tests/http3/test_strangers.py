@@ -7,8 +7,10 @@ import socket
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import trio
 from aioquic.quic.connection import QuicConnection
+from aioquic.quic.events import StreamDataReceived
 from aioquic.quic.packet import QuicFrameType, QuicPacketType
 from aioquic.tls import Epoch
 from hypothesis import given
@@ -20,7 +22,6 @@ from tests.http3.serving import Served, open_endpoint
 from tests.http3.test_endpoint import EXCESSIVE_LOAD, echo
 
 if TYPE_CHECKING:
-    import pytest
     from aioquic.quic.packet_builder import QuicPacketBuilder
 
 CONNECTION_REFUSED = 0x2
@@ -28,9 +29,9 @@ INVALID_TOKEN = 0xB
 RETRY = 0xF0  # first byte of a long header, without its random bits
 
 
-def first_packet() -> bytes:
+def first_packet(length: int = 8) -> bytes:
     """Return what a client sends first, with a connection id of its own."""
-    quic = QuicConnection(configuration=configuration())
+    quic = QuicConnection(configuration=configuration(connection_id_length=length))
     quic.connect(("127.0.0.1", 1), now=0.0)
     return quic.datagrams_to_send(now=0.0)[0][0]
 
@@ -41,7 +42,10 @@ def garbage() -> list[bytes]:
     found = [b"", b"\x00", b"\xc0", b"GET / HTTP/1.1\r\n\r\n", bytes(1200), os.urandom(9000)]
     found += [bytes([first]) + os.urandom(1400) for first in range(256)]
     found += [initial[:length] for length in range(0, 1200, 7)]
-    found += [initial[:position] + b"\xff" + initial[position + 1 :] for position in range(40)]
+    for position in range(40):
+        changed = bytearray(initial)
+        changed[position] ^= 0xFF
+        found.append(bytes(changed))
     found += [initial[:30] + os.urandom(1170)]  # not to be decrypted
     found += [b"\xc0" + bytes(4) + initial[5:]]  # version negotiation
     found += [b"\xf0" + initial[1:], b"\xe0" + initial[1:], b"\xd0" + initial[1:]]
@@ -169,7 +173,7 @@ async def test_a_token_is_for_one_address(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_datagrams_full_of_frames_that_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(h3_link, "WORK_BURST", 0.05)
+    monkeypatch.setattr(h3_link, "WORK_BURST", 0.03)
     monkeypatch.setattr(h3_link, "WORK_PER_SECOND", 0.0)  # however slowly it comes
     async with (
         open_endpoint(may_log=True) as served,
@@ -188,10 +192,31 @@ async def test_datagrams_full_of_frames_that_say_nothing(monkeypatch: pytest.Mon
             first.flush()
             await trio.lowlevel.checkpoint()
         assert first.closing_code == EXCESSIVE_LOAD
-        # Useful work is paid for.
-        for _ in range(20):
-            await echo(second, os.urandom(50_000))
+        # Useful work is paid for, in either direction.
+        link = (await served.application(1)).link
+        taken = link.quic._local_max_data
+        begun = taken.used
+        upload = second.quic.get_next_available_stream_id(is_unidirectional=True)
+        second.quic.send_stream_data(upload, bytes(3_000_000))
+        second.flush()
+        while taken.used < begun + 3_000_000:
+            await trio.lowlevel.checkpoint()
+        await echo(second, b"x")
+        link.quic.send_stream_data(1, bytes(3_000_000), end_stream=True)
+        link.touch()
+        await second.wait(
+            lambda: any(
+                isinstance(event, StreamDataReceived) and event.stream_id == 1 and event.end_stream
+                for event in second.events
+            )
+        )
+        assert second.closing_code is None
         assert [line["error"] for line in served.lines.all] == ["too much work for nothing"]
+
+
+@pytest.mark.parametrize(("length", "good"), [(0, False), (7, False), (8, True), (20, True)])
+def test_the_first_connection_id_is_hard_to_guess(length: int, good: bool) -> None:
+    assert (h3_packets.parse_initial_untrusted(first_packet(length)) is not None) is good
 
 
 @given(st.binary(max_size=100))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pytest
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+FRAME_UNEXPECTED = 0x105
 FRAME = b"\x82\x85\x00\x00\x00\x00hello"
 
 
@@ -85,6 +86,17 @@ async def test_a_websocket_in_a_drain(tmp_path: Path, monkeypatch: pytest.Monkey
         await client.wait(lambda: answer.body.endswith(close_frame(GOING_AWAY)))
         client.send_data(stream, b"\x88\x80\x00\x00\x00\x00", end=True)
         await world.server.wait_closed()
+
+
+async def test_trailers_of_a_websocket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(tmp_path, monkeypatch, websocket) as world, open_front(world) as front:
+        client = await front.connect()
+        stream = open_websocket(client)
+        await client.wait(lambda: client.answers[stream].status)
+        client.send_frame(1, b"\x00\x00", stream_id=stream)
+        assert await client.wait_closing() == FRAME_UNEXPECTED
+        while not world.logged:
+            await trio.lowlevel.checkpoint()
 
 
 async def test_a_cancelled_websocket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

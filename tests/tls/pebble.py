@@ -121,7 +121,7 @@ async def open_pebble(
                     "pebble-challtestsrv",
                     "-defaultIPv4=127.0.0.1",
                     "-defaultIPv6=",
-                    f"-dns01=127.0.0.1:{dns}",
+                    *await _names_flags(f"127.0.0.1:{dns}"),
                     "-http01=",
                     "-https01=",
                     "-tlsalpn01=",
@@ -149,6 +149,16 @@ async def open_pebble(
                 yield made
             finally:
                 nursery.cancel_scope.cancel()
+
+
+async def _names_flags(address: str) -> list[str]:
+    """Return how the DNS server is told where to listen, which has changed with version 2.5."""
+    shown = await trio.run_process(
+        ["pebble-challtestsrv", "-h"], capture_stdout=True, capture_stderr=True, check=False
+    )
+    if b"-dnsserver" in shown.stdout + shown.stderr:
+        return [f"-dnsserver={address}", "-doh="]
+    return [f"-dns01={address}"]
 
 
 async def _run(command: list[str], environment: Mapping[str, str]) -> None:

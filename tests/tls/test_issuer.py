@@ -169,7 +169,11 @@ async def test_renewals_of_a_real_authority_with_short_lives(tmp_path: Path) -> 
     made: list[Room] = []
     async with open_pebble(
         token=lambda token: made[0].issuer.validate(token),
-        config={"certificateValidityPeriod": 8},
+        # Seconds; from version 2.6 on they are in a profile.
+        config={
+            "certificateValidityPeriod": 8,
+            "profiles": {"default": {"description": "short", "validityPeriod": 8}},
+        },
     ) as pebble:
         room = make_room(pebble.directory, pebble.ca_file, tmp_path)
         made.append(room)

@@ -446,7 +446,7 @@ async def test_everything_else_runs_during_such_a_removal() -> None:
 
         nursery.start_soon(count_turns)
         await room.services.remove("calls")
-        assert turns >= len(span) / leases._AT_ONCE
+        assert turns > len(span) / leases._AT_ONCE / 2
         nursery.cancel_scope.cancel()
         client = room.client(to=(LOCALHOST, span[0]))
         waiting = await client.send()
