@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from kamal_proxy.http import pages
-from kamal_proxy.http.codec import CHUNKED, ProtocolError
+from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.http.headers import is_lookalike
 from kamal_proxy.http.reasons import ClientGone, Reason, TargetFailed
@@ -322,12 +322,7 @@ class MultiplexedStream(ABC):
 
     @property
     def trailers(self) -> HeaderPairs:
-        """The request's trailers that a target may see, once it has arrived whole.
-
-        None can follow a body whose length was announced in the head.
-        """
-        if self._head.length != CHUNKED:
-            return []
+        """The request's trailers that a target may see, once it has arrived whole."""
         if self._trailers and self.hidden:
             return [pair for pair in self._trailers if not is_lookalike(pair[0], self.hidden)]
         return self._trailers

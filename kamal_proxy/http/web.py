@@ -61,7 +61,6 @@ class Web(contextlib.ExitStack):
         self._bound: list[tuple[HttpServer, list[socket.socket]]] = []
         self._front: HttpsFront | None = None
         self._http3: http3.Http3Server | None = None
-        self._http3_scope = trio.CancelScope()
 
     def __enter__(self) -> Self:
         """Bind the ports."""
@@ -117,10 +116,10 @@ class Web(contextlib.ExitStack):
         )
 
     async def accept(self, poller: Poller, clients: trio.Nursery) -> None:
-        """Take connections into ``clients`` until cancelled, of HTTP/3 until :meth:`abort`."""
+        """Take connections into ``clients`` until cancelled, of HTTP/3 until they have ended."""
         limiter = trio.Semaphore(connection_limit(self._options.max_connections, self._log))
         if self._http3 is not None:
-            await clients.start(self._run_http3, self._http3)
+            await clients.start(self._http3.run)
         async with trio.open_nursery() as acceptors:
             for server, sockets in self._bound:
                 handle = server.handle
@@ -128,12 +127,6 @@ class Web(contextlib.ExitStack):
                     handle = self._front.handle
                     acceptors.start_soon(self._front.report)
                 acceptors.start_soon(server.accept, sockets, poller, clients, limiter, handle)
-
-    async def _run_http3(
-        self, server: http3.Http3Server, *, task_status: trio.TaskStatus[None]
-    ) -> None:
-        with self._http3_scope:
-            await server.run(task_status=task_status)
 
     def close_idle(self, deadline: float) -> None:
         """Begin to shut down: listeners and idle connections close now, others after their request.
@@ -157,10 +150,9 @@ class Web(contextlib.ExitStack):
             await server.wait_closed()
 
     def abort(self) -> None:
-        """Interrupt the requests that are still being served, and end HTTP/3."""
+        """Interrupt the requests that are still being served."""
         for server, _ in self._bound:
             server.abort()
-        self._http3_scope.cancel(reason="the proxy stops")
 
     def _register_gauges(self) -> None:
         servers = [server for server, _ in self._bound]

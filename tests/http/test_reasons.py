@@ -5,9 +5,11 @@ Each row of the table is a way to fail over real sockets. An answer that had beg
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -16,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kamal_proxy import PauseOptions, StopOptions
 from kamal_proxy.http.reasons import Reason
+from kamal_proxy.options import ServiceOptions
+from tests.certificates import make_ca
 from tests.running import Embedded, open_embedded
 from tests.scripted import (
     Client,
@@ -29,9 +33,7 @@ from tests.scripted import (
     open_upstream,
     reply,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.secure import client_context, open_secure
 
 GET = b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: %d\r\n\r\n"
@@ -364,6 +366,39 @@ async def status_until_cut(client: Client) -> int:
 async def nobody_serves_it(scene: Scene) -> int:
     await scene.proxy.proxy.remove("web")
     return await scene.status_of(GET)
+
+
+@row(Reason.NOT_SECURE, run={"https_port": 0})
+async def a_host_without_tls_inside_tls(scene: Scene) -> int:
+    return await inside_tls(scene, "a")
+
+
+@row(Reason.MISDIRECTED, run={"https_port": 0}, service="closed")
+async def a_connection_for_another_name(scene: Scene) -> int:
+    return await inside_tls(scene, "closed.test")
+
+
+async def inside_tls(scene: Scene, host: str) -> int:
+    """Ask for a host on a connection for ``open.test``."""
+    directory = Path(scene.stack.enter_context(tempfile.TemporaryDirectory()))
+    authority = make_ca()
+    (directory / "ca.pem").write_bytes(authority.pem)
+    certificate, key = authority.issue("open.test", "closed.test").write(directory)
+    for name, client_ca in (("open", ""), ("closed", str(directory / "ca.pem"))):
+        service = ServiceOptions(
+            hosts=(f"{name}.test",),
+            tls_enabled=True,
+            tls_certificate_path=certificate,
+            tls_private_key_path=key,
+            tls_client_ca_path=client_ca,
+        )
+        options = deploy_options(name, [scene.upstream])
+        await scene.proxy.deploy(attrs.evolve(options, service_options=service))
+    port = scene.proxy.https_port
+    client = await scene.stack.enter_async_context(
+        open_secure(port, "open.test", client_context(authority))
+    )
+    return (await client.get("/", host)).status
 
 
 @row(Reason.NO_TARGET)

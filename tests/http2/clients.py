@@ -77,6 +77,7 @@ class H2Client:
         stream: Its stream.
         codec: The library's connection.
         answers: What has come, by stream.
+        order: The stream of each DATA frame that has come.
         goaways: The last stream and the code of each GOAWAY that has come.
         pongs: How many PING answers have come.
         closed: Whether the server has closed the connection.
@@ -101,6 +102,7 @@ class H2Client:
             client=True, initial_values={SettingCodes.ENABLE_PUSH: 0, **wanted}
         )
         self.answers: dict[int, Answer] = {}
+        self.order: list[int] = []
         self.goaways: list[tuple[int, int]] = []
         self.pongs = 0
         self.closed = False
@@ -225,6 +227,7 @@ class H2Client:
             case events.TrailersReceived():
                 answer.trailers = list(event.headers)
             case events.DataReceived():
+                self.order.append(event.stream_id)
                 answer.body += event.data
                 if self.taking:
                     self.codec.acknowledge_received_data(

@@ -393,6 +393,50 @@ async def test_a_body_of_another_length_than_announced(
     assert running.statuses == [499]
 
 
+async def test_bodies_of_another_length_take_neither_the_window_nor_forever(world: Open) -> None:
+    async with world(never) as running:
+        client = await open_h2(running)
+        announced = [(b"content-length", b"1")]
+        for _ in range(40):
+            stream = await client.request(method=b"POST", headers=announced, end=False)
+            await client.send_data(stream, bytes(16000))
+            assert (await client.answer(stream)).reset == PROTOCOL_ERROR
+        await client.ping()
+        assert client.codec.outbound_flow_control_window > 200_000
+
+        async def attack() -> None:
+            for _ in range(250):
+                stream = await client.request(method=b"POST", headers=announced, end=False)
+                client.codec.send_headers(stream, [(b"a", b"b")], end_stream=True)
+                await client.flush()
+                await client.ping()
+
+        with pytest.raises(EOFError):
+            await attack()
+        assert client.goaways[-1][1] == CALM
+
+
+async def test_a_request_that_is_cancelled_at_once_is_not_sent(world: Open) -> None:
+    heads: list[bytes] = []
+
+    async def answer(stream: trio.SocketStream) -> None:
+        while head := await read_head(stream):
+            heads.append(head)
+            await stream.send_all(HELLO)
+
+    async with world(answer) as running:
+        client = await open_h2(running)
+        await client.get()  # from now on, a connection to the target is there
+        for _ in range(20):
+            stream = client.codec.get_next_available_stream_id()
+            client.codec.send_headers(stream, REQUEST, end_stream=True)
+            client.codec.reset_stream(stream, 8)
+        await client.ping()
+        await client.get(b"/last")
+    assert len(heads) == 2
+    assert sorted(running.statuses) == [200] * 2 + [499] * 20
+
+
 async def test_data_after_the_end_of_a_request(world: Open) -> None:
     async with world(never) as running:
         client = await open_h2(running)

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import trio
 
+from kamal_proxy.http.h2_connection import H2Connection
 from tests.http.streams import open_world, read_head
 from tests.http2.clients import H2Client, open_h2
 from tests.websockets import CLOSE, GOING_AWAY, TEXT, accept, frame
@@ -106,6 +107,46 @@ async def test_much_passes_under_flow_control(world: Open) -> None:
             sent += size
         await client.wait(lambda: len(answer.body) == len(data))
         assert bytes(answer.body) == data
+
+
+async def test_what_waits_for_the_window_at_the_end_is_sent(world: Open) -> None:
+    data = frame(TEXT, bytes(30_000))
+
+    async def answer(stream: trio.SocketStream) -> None:
+        head = await read_head(stream)
+        await stream.send_all(accept(key_of(head)) + data)
+        await stream.send_eof()
+        while await stream.receive_some():
+            pass
+
+    async with world(answer) as running:
+        client = await open_h2(running, initial_window_size=0)
+        stream = await open_tunnel(client)
+        result = client.answers[stream]
+        await client.send_data(stream, b"", end=True)
+        await client.ping()
+        await trio.testing.wait_all_tasks_blocked()
+        client.codec.increment_flow_control_window(100_000, stream)
+        await client.flush()
+        await client.answer(stream)
+        assert (bytes(result.body), result.ended, result.reset) == (data, True, None)
+
+
+async def test_a_closed_window_holds_the_target_up(world: Open) -> None:
+    data = bytes(5_000_000)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        head = await read_head(stream)
+        await stream.send_all(accept(key_of(head)) + data)
+
+    async with world(answer) as running:
+        client = await open_h2(running, initial_window_size=0)
+        stream = await open_tunnel(client)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        (connection,) = running.server._connections
+        assert isinstance(connection, H2Connection)
+        assert 0 < connection._streams[stream].queued <= 64 * 1024
+        await client.reset(stream)
 
 
 async def test_a_reset_of_the_client_closes_the_target_s_connection(world: Open) -> None:
