@@ -22,7 +22,8 @@ export LEAK_ROUNDS ?= 1000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-udp run test lint format bench bench-udp sanitize fuzz soak clean
+.PHONY: help build demo demo-udp run test lint format bench bench-tls bench-udp sanitize fuzz soak
+.PHONY: clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -66,6 +67,9 @@ format: $(BUILT) ## format the code
 bench: $(BUILT) ## measure CPU per request and memory beside nginx (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.http_cpu $(BENCH_FLAGS)
 
+bench-tls: $(BUILT) ## measure CPU per HTTPS request and handshake beside nginx (BENCH_FLAGS=--smoke)
+	@$(BIN)/python -m benchmarks.https_cpu $(BENCH_FLAGS)
+
 bench-udp: $(BUILT) ## measure CPU per datagram beside nginx and a bare C relay (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.udp $(BENCH_FLAGS)
 
@@ -75,8 +79,9 @@ sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (L
 fuzz: $(BUILT) ## try many more inputs, about an hour (FUZZ_EXAMPLES=20000)
 	@$(PYTEST) -m fuzz --hypothesis-profile=fuzz -o faulthandler_timeout=3600 $(TEST_FLAGS)
 
-soak: $(BUILT) ## the demo for ten minutes: the proxy must not grow (SOAK_SWITCHES=150)
+soak: $(BUILT) ## the demo for long, twice, with HTTPS too: the proxy must not grow (SOAK_SWITCHES=150)
 	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
+	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS) --tls
 
 clean: ## remove everything that was built, and the state that make run kept
 	@rm -rf $(VENV) $(PRIVATE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

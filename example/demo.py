@@ -28,8 +28,9 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from example.certificate import write_certificate
 from example.footprint import MIB, Growth, descriptors_of, memory_of
-from example.load import Request
+from example.load import HOST, Request
 from example.verdict import Deploy, Verdict, judge
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Settings:
         boot_seconds: How long a new instance answers 503.
         max_growth: MiB by which the memory of the proxy may grow once it has seen a switch.
         settle_seconds: How long it may take to close the descriptors of clients that are gone.
+        tls: Whether clients come over HTTPS, half of them with HTTP/2.
     """
 
     proxy: Path
@@ -75,6 +77,7 @@ class Settings:
     boot_seconds: float
     max_growth: float
     settle_seconds: float
+    tls: bool
 
 
 @attrs.frozen
@@ -101,6 +104,14 @@ class Demo:
     failures: int = 0
     _expected: str = ""
 
+    @property
+    def _certificate(self) -> Path:
+        return self.folder / "certificate.pem"
+
+    @property
+    def _key(self) -> Path:
+        return self.folder / "key.pem"
+
     async def run(self) -> tuple[Verdict, Growth]:
         """Carry it out and return what was measured, of the clients and of the proxy.
 
@@ -120,12 +131,15 @@ class Demo:
 
     async def _drive(self, proxy: int, nursery: trio.Nursery) -> Growth:
         settings = self.settings
+        if settings.tls:
+            write_certificate(HOST, self._certificate, self._key)
         current = await self._start_instance(1)
         descriptors = descriptors_of(proxy)
         await self._deploy(current)
         load = await self._start_load()
         self.say(
-            f"load: {settings.connections} keep-alive clients send {settings.rate:g} requests/s, "
+            f"load: {settings.connections} keep-alive clients send {settings.rate:g} requests/s"
+            f"{', every other one with HTTP/2' if settings.tls else ''}, "
             f"{settings.slow_connections} more always have a slow one in flight"
         )
         reader_done = trio.Event()
@@ -160,15 +174,17 @@ class Demo:
         return new
 
     async def _start_proxy(self, log: IO[bytes], nursery: trio.Nursery) -> trio.Process:
-        command = [str(self.settings.proxy), "run", "--http-port", str(self.port)]
-        command += ["--https-port", "0"]  # any: the demo has no TLS
+        ports = ("0", str(self.port)) if self.settings.tls else (str(self.port), "0")  # 0: any
+        command = [str(self.settings.proxy), "run"]
+        command += ["--http-port", ports[0], "--https-port", ports[1]]
         process = await self._open(command, stdout=log, stderr=log)
         nursery.start_soon(self._watch_proxy, process)
         with trio.move_on_after(START_SECONDS):
             # Another process offers no event to wait for.
             while not await _accepts(self.port):  # noqa: ASYNC110
                 await trio.sleep(0.02)
-            self.say(f"proxy on http://127.0.0.1:{self.port} ({as_typed(command)})")
+            where = f"https://{HOST}" if self.settings.tls else "http://127.0.0.1"
+            self.say(f"proxy on {where}:{self.port} ({as_typed(command)})")
             return process
         raise DemoError(f"the proxy did not listen within {START_SECONDS:g} s\n{self._log_end()}")
 
@@ -201,7 +217,11 @@ class Demo:
     async def _deploy(self, instance: Instance) -> None:
         self._expected = instance.name
         began = time.monotonic()
-        await self._command("deploy", SERVICE, f"--target={instance.target}")
+        secure = []
+        if self.settings.tls:
+            secure = [f"--host={HOST}", "--tls", f"--tls-certificate-path={self._certificate}"]
+            secure += [f"--tls-private-key-path={self._key}"]
+        await self._command("deploy", SERVICE, f"--target={instance.target}", *secure)
         deploy = Deploy(instance.name, began, time.monotonic())
         self.deploys.append(deploy)
         self.say(f"deploy returned after {deploy.returned - deploy.began:.2f} s")
@@ -222,15 +242,17 @@ class Demo:
 
     async def _start_load(self) -> trio.Process:
         settings = self.settings
+        secure = [f"--ca={self._certificate}"] if settings.tls else []
         return await self._open(
             [
                 sys.executable,
-                str(HERE / "load.py"),
+                *("-m", "example.load"),
                 f"--port={self.port}",
                 f"--rate={settings.rate}",
                 f"--connections={settings.connections}",
                 f"--slow-connections={settings.slow_connections}",
                 f"--slow-seconds={settings.slow_seconds}",
+                *secure,
             ],
             stdin=PIPE,
             stdout=PIPE,
@@ -398,6 +420,7 @@ def settings_from(argv: list[str] | None) -> Settings:
     parser.add_argument("--boot-seconds", type=float, default=0.5)
     parser.add_argument("--max-growth", type=float, default=2.0, help="MiB of the proxy's memory")
     parser.add_argument("--settle-seconds", type=float, default=10.0)
+    parser.add_argument("--tls", action="store_true", help="over HTTPS, with HTTP/1.1 and HTTP/2")
     settings = Settings(**vars(parser.parse_args(argv)))
     if settings.switches < 1:
         parser.error("--switches must be at least 1")

@@ -2,8 +2,8 @@
 
 Runs as a process of its own, so that nothing else slows its clock. Writes one JSON line per
 request to standard output and ends when standard input does. Uses the standard library's HTTP
-client, which shares no code with the proxy. Nothing is retried: what a client would notice is
-a failure.
+client, which shares no code with the proxy; with TLS every other client speaks HTTP/2 instead.
+Nothing is retried: what a client would notice is a failure.
 
     python3 example/load.py --port 8080 --seconds 5
 """
@@ -15,11 +15,13 @@ import http.client
 import json
 import queue
 import random
+import ssl
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+HOST = "localhost"
 TIMEOUT = 10.0
 
 
@@ -53,12 +55,53 @@ class Connection(http.client.HTTPConnection):
         self.opened += 1
         super().connect()
 
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Send one request and return the status and the body of its answer."""
+        self.request("GET", path)
+        response = self.getresponse()
+        return response.status, response.read()
+
+
+class SecureConnection(Connection, http.client.HTTPSConnection):
+    """The same inside TLS."""
+
+
+class Transport(Protocol):
+    """A connection, of whatever protocol."""
+
+    opened: int
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Send one request and return the status and the body of its answer."""
+
+    def close(self) -> None:
+        """Close the connection; the next request opens it again."""
+
+
+def transport(port: int, number: int, ca: str) -> Transport:
+    """Return the connection of one client.
+
+    Args:
+        port: Where the proxy listens.
+        number: Which client it is.
+        ca: A file of the certificate that is trusted; empty for plain HTTP.
+    """
+    if not ca:
+        return Connection("127.0.0.1", port, timeout=TIMEOUT)
+    context = ssl.create_default_context(cafile=ca)
+    if number % 2 == 0:
+        return SecureConnection(HOST, port, timeout=TIMEOUT, context=context)
+    from example.load_h2 import Http2Connection  # the only part that needs more than Python
+
+    context.set_alpn_protocols(["h2"])
+    return Http2Connection(HOST, port, context, TIMEOUT)
+
 
 class Client:
     """One client with one connection, opened again after a failure."""
 
-    def __init__(self, port: int, name: str) -> None:
-        self._http = Connection("127.0.0.1", port, timeout=TIMEOUT)
+    def __init__(self, transport: Transport, name: str) -> None:
+        self._http = transport
         self._name = name
 
     def get(self, path: str, *, slow: bool = False) -> Request:
@@ -66,13 +109,11 @@ class Client:
         instance = error = ""
         began = time.monotonic()
         try:
-            self._http.request("GET", path)
-            response = self._http.getresponse()
-            body = response.read()
-            if response.status == http.client.OK:
+            status, body = self._http.get(path)
+            if status == http.client.OK:
                 instance = instance_in(body)
             else:
-                error = f"status {response.status}"
+                error = f"status {status}"
         except (OSError, http.client.HTTPException, ValueError) as problem:
             error = f"{type(problem).__name__}: {problem}"
         ended = time.monotonic()
@@ -127,13 +168,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slow-connections", type=int, default=2)
     parser.add_argument("--slow-seconds", type=float, default=1.5, help="longest slow request")
     parser.add_argument("--seconds", type=float, help="stop by itself after so long")
+    parser.add_argument("--ca", default="", help="use TLS, and trust the certificate in this file")
     options = parser.parse_args(argv)
 
     done = threading.Event()
     out: queue.Queue[str] = queue.Queue()
     interval = options.connections / options.rate
-    clients = [Client(options.port, f"client{n}") for n in range(options.connections)]
-    patient = [Client(options.port, f"slow{n}") for n in range(options.slow_connections)]
+
+    def client(kind: str, number: int) -> Client:
+        return Client(transport(options.port, number, options.ca), f"{kind}{number}")
+
+    clients = [client("client", number) for number in range(options.connections)]
+    patient = [client("slow", number) for number in range(options.slow_connections)]
     threads = [
         *(threading.Thread(target=steady, args=(c, interval, done, out)) for c in clients),
         *(

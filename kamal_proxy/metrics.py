@@ -109,6 +109,11 @@ class Metrics:
             "TLS handshakes of clients that have ended, by how.",
             ("result",),
         )
+        self._floods = self._numbers(
+            "kamal_proxy_http_floods_total",
+            "Connections of HTTP/2 and HTTP/3 that were closed for making work for nothing.",
+            ("protocol", "reason"),
+        )
         self._connects = self._numbers(
             "kamal_proxy_upstream_connects_total",
             "Attempts to open a connection to a target.",
@@ -204,6 +209,15 @@ class Metrics:
     def handshake(self, result: str) -> None:
         """Count a TLS handshake: ``ok``, or why it failed."""
         self._handshakes[result] += 1
+
+    def flood(self, protocol: str, reason: str) -> None:
+        """Count a connection that was closed because its client made work for nothing.
+
+        Args:
+            protocol: ``HTTP/2`` or ``HTTP/3``.
+            reason: What there was too much of: one of the few words in ``http.h2_guard``.
+        """
+        self._floods[protocol, reason] += 1
 
     def retry(self, service: str) -> None:
         """Count a request that goes to another connection or target."""

@@ -307,6 +307,19 @@ class ServiceOptions:
                 f"must be present in the hosts list: [{' '.join(self.hosts)}]"
             )
 
+    def require_pair(self) -> None:
+        """Raise InvalidOptionsError if a certificate or its key is given without the other.
+
+        Not part of :meth:`validate`, because the command has another sentence for it, which the
+        original tells later.
+        """
+        if bool(self.tls_certificate_path) != bool(self.tls_private_key_path):
+            missing = "private-key" if self.tls_certificate_path else "certificate"
+            raise InvalidOptionsError(
+                "tls-certificate-path and tls-private-key-path go together; "
+                f"tls-{missing}-path is missing"
+            )
+
     def _validate_tls(self) -> None:
         def refuse(why: str) -> InvalidOptionsError:
             return InvalidOptionsError(f"service options invalid: {why}")
@@ -390,6 +403,7 @@ class DeployOptions:
         require_service_name(self.service)
         _require_targets(self.targets, self.read_targets)
         self.service_options.validate()
+        self.service_options.require_pair()
         self.target_options.validate()
         self.deployment_options.validate()
 

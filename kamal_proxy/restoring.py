@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kamal_proxy.options import HealthCheckOptions
     from kamal_proxy.state import SavedService
 
+NOT_USABLE = "Service is not served over HTTPS until its files can be used"
+
 
 class NewDeployment(Protocol):
     """Makes a deployment of a service."""
@@ -92,7 +94,7 @@ def _tls(saved: SavedService, log: Log) -> TlsFiles | None:
     except CertificateError as error:
         # The others must not suffer; this one is served again once the files can be used.
         log.error(
-            "Service is not served over HTTPS until its files can be used",
+            NOT_USABLE,
             service=saved.name,
             error=str(error),
             details=error.details,

@@ -24,16 +24,32 @@ EVERY_HOST = ""
 class RoutingTable:
     """All services at one moment. Never changed: :meth:`with_service` makes another."""
 
-    __slots__ = ("_bindings", "_services")
+    __slots__ = ("_bindings", "_first_secure", "_roots", "_services")
 
     def __init__(self, services: Mapping[str, Service] | None = None) -> None:
+        services = dict(services or {})
         bindings: dict[str, list[tuple[bytes, Service]]] = {}
+        roots = self._roots = {
+            host: service
+            for service in services.values()
+            if "/" in service.options.path_prefixes
+            for host in _host_keys(service)
+        }
+        # One that takes every host has no certificate before somebody asks for a name.
+        secure = [service for service in services.values() if service.options.tls_enabled]
+        secure = [service for service in secure if "/" in service.options.path_prefixes]
+        self._first_secure = next(
+            (service for service in secure if service.options.hosts), next(iter(secure), None)
+        )
         resolved = {}
-        for service in _inheriting_tls(dict(services or {})):
-            resolved[service.name] = service
-            for host in _host_keys(service):
+        for service in services.values():
+            hosts = _host_keys(service)
+            # Its hosts may have different settings; what is told of it is that of the first.
+            resolved[service.name] = first = _inheriting_tls(service, hosts[0], roots)
+            for host in hosts:
+                bound = first if host == hosts[0] else _inheriting_tls(first, host, roots)
                 for prefix in service.options.path_prefixes:
-                    bindings.setdefault(host, []).append((prefix.encode(), service))
+                    bindings.setdefault(host, []).append((prefix.encode(), bound))
         self._services = resolved
         self._bindings = {
             host: tuple(sorted(bound, key=lambda binding: -len(binding[0])))
@@ -75,16 +91,16 @@ class RoutingTable:
                     )
 
     def secure(self, host: str) -> Service | None:
-        """Return the service that has the TLS settings of a host, if it has any.
+        """Return the service that has the TLS settings of a host, if it has any: at its root.
 
         Args:
             host: Host name in lower case; empty for a client that names none, which gets the first
                 service with TLS.
         """
         if not host:
-            return next((each for each in self if each.options.tls_enabled), None)
-        found = self.find(host, b"/")
-        return found[0] if found is not None and found[0].options.tls_enabled else None
+            return self._first_secure
+        root = _root_for(host, self._roots)
+        return root if root is not None and root.options.tls_enabled else None
 
     def find(self, host: str, path: bytes) -> tuple[Service, bytes] | None:
         """Find the service for a request.
@@ -116,29 +132,22 @@ def _host_keys(service: Service) -> tuple[str, ...]:
     return tuple(map(host_name, hosts))
 
 
-def _inheriting_tls(services: dict[str, Service]) -> Iterator[Service]:
-    """Give each service without a root prefix the TLS settings of its host's root service."""
-    roots = {
-        host: service
-        for service in services.values()
-        if "/" in service.options.path_prefixes
-        for host in _host_keys(service)
-    }
-    for service in services.values():
-        options = service.options
-        if "/" not in options.path_prefixes:
-            root = _root_for(_host_keys(service)[0], roots)
-            options = attrs.evolve(
-                options,
-                tls_enabled=root is not None and root.options.tls_enabled,
-                tls_redirect=root is None or root.options.tls_redirect,
-            )
-            tls = None if root is None else root.tls
-            if options != service.options or tls is not service.tls:
-                service = attrs.evolve(service, options=options, tls=tls)
-        yield service
+def _inheriting_tls(service: Service, host: str, roots: Mapping[str, Service]) -> Service:
+    """Give a service without a root prefix the TLS settings of the root service of a host."""
+    if "/" in service.options.path_prefixes:
+        return service
+    root = _root_for(host, roots)
+    options = attrs.evolve(
+        service.options,
+        tls_enabled=root is not None and root.options.tls_enabled,
+        tls_redirect=root is None or root.options.tls_redirect,
+    )
+    tls = None if root is None else root.tls
+    if options == service.options and tls is service.tls:
+        return service
+    return attrs.evolve(service, options=options, tls=tls)
 
 
-def _root_for(host: str, roots: dict[str, Service]) -> Service | None:
+def _root_for(host: str, roots: Mapping[str, Service]) -> Service | None:
     wildcard = "*" + host[host.find(".") :] if host.find(".") > 0 else EVERY_HOST
     return roots.get(host) or roots.get(wildcard) or roots.get(EVERY_HOST)

@@ -23,7 +23,7 @@ from kamal_proxy.errors import (
     ShuttingDownError,
 )
 from kamal_proxy.reports import Report, not_healthy
-from kamal_proxy.restoring import restored, tell_doubts
+from kamal_proxy.restoring import NOT_USABLE, restored, tell_doubts
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Pages, Service
 from kamal_proxy.state import SavedPause, SavedRollout
@@ -171,13 +171,19 @@ class Services:
             forced=options.deployment_options.force,
         )
 
+        target_options = options.target_options
+        if target_options.forward_headers is None:
+            # By what this deploy says of TLS, not by what its host's root does, as the original.
+            believed = not options.service_options.tls_enabled
+            target_options = attrs.evolve(target_options, forward_headers=believed)
+
         def install(current: Service | None) -> Service:
             """Make the deployed service; pause state and rollout outlive a deploy."""
             if current is None:
                 return Service(
                     name=options.service,
                     options=options.service_options,
-                    target_options=options.target_options,
+                    target_options=target_options,
                     active=deployment,
                     pages=pages,
                     tls=tls,
@@ -185,7 +191,7 @@ class Services:
             return attrs.evolve(
                 current,
                 options=options.service_options,
-                target_options=options.target_options,
+                target_options=target_options,
                 active=deployment,
                 pages=pages,
                 tls=tls,
@@ -556,10 +562,16 @@ class Services:
                     changed = await self._load(TlsFiles.refresh, service.tls)
                 except CertificateError as error:
                     self._log.error(
-                        "Certificate can't be used; what was read before still is",
+                        "Certificate can't be used; what was read before still is"
+                        if service.tls.is_usable
+                        else NOT_USABLE,
                         service=service.name,
                         error=str(error),
                         details=error.details,
+                    )
+                except Exception as error:  # such as no thread; must not cost the others
+                    self._log.error(
+                        "Certificate can't be looked at", service=service.name, error=repr(error)
                     )
                 else:
                     if changed:

@@ -51,6 +51,7 @@ PURE = {
     "http.h2_fields",
     "http.h2_frames",
     "http.h2_guard",
+    "http.h2_turns",
     "http.h3_codec",
     "http.headers",
     "http.markup",
@@ -236,3 +237,17 @@ def test_a_proxy_without_http3_needs_no_aioquic() -> None:
         "print('loaded')"
     )
     assert run(script) == "loaded"
+
+
+def test_only_a_proxy_that_obtains_certificates_loads_the_library_for_that() -> None:
+    """It takes memory and time, and so does that of HTTP/3."""
+    script = (
+        "import sys, trio, kamal_proxy\n"
+        "options = kamal_proxy.RunOptions(http_port=0, https_port=0, bind='127.0.0.1')\n"
+        "async def main():\n"
+        "    async with kamal_proxy.open_proxy(options) as proxy:\n"
+        "        libraries = {'acme', 'josepy', 'OpenSSL', 'requests', 'urllib3', 'aioquic'}\n"
+        "        print(bool(proxy.https_port), *sorted(libraries & set(sys.modules)))\n"
+        "trio.run(main)"
+    )
+    assert run(script) == "True"

@@ -236,6 +236,36 @@ async def test_the_limiter_holds_connections_in_the_backlog(poller: Poller, path
     assert limiter.value == 2
 
 
+async def test_a_backlog_does_not_keep_others_from_their_turn(poller: Poller, path: Path) -> None:
+    served: list[int] = []  # how many connections were accepted when each was first served
+
+    async def handle(stream: SocketStream, _: object) -> None:
+        served.append(len(poller))
+        await stream.receive()
+
+    with listen_unix(path) as listener, ExitStack() as stack:
+        for _ in range(3 * listeners._ACCEPTS_PER_TURN):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(path))
+        async with trio.open_nursery() as nursery:
+
+            async def accept() -> None:
+                await listeners.accept(
+                    listener,
+                    poller,
+                    handle,
+                    nursery=nursery,
+                    limiter=trio.Semaphore(1000),
+                    on_error=unexpected,
+                )
+
+            nursery.start_soon(accept)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    assert len(served) == 3 * listeners._ACCEPTS_PER_TURN
+    assert min(served) <= listeners._ACCEPTS_PER_TURN
+
+
 async def test_a_connection_is_closed_when_its_handler_ends_or_is_cancelled(
     poller: Poller, path: Path
 ) -> None:

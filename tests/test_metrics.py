@@ -78,6 +78,10 @@ def accept(request: pytest.FixtureRequest) -> str:
             {sample("http_failures_total", service="web", reason="target refused"): 1},
         ),
         (
+            lambda m: m.flood("HTTP/2", "frames"),
+            {sample("http_floods_total", protocol="HTTP/2", reason="frames"): 1},
+        ),
+        (
             lambda m: m.connect("web", True),
             {sample("upstream_connects_total", service="web", result="ok"): 1},
         ),

@@ -296,6 +296,18 @@ def test_contradictions(fields: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "missing"), [("certificate", "private-key"), ("private_key", "certificate")]
+)
+def test_half_of_a_certificate(given: str, missing: str) -> None:
+    """Half of it would be a service with certificates from elsewhere, or with none."""
+    half: dict[str, Any] = {f"tls_{given}_path": "/x"}
+    options = ServiceOptions(hosts=("a",), tls_enabled=True, **half)
+    assert refusal(DeployOptions(service="s", targets=("ab",), service_options=options)) == (
+        f"tls-certificate-path and tls-private-key-path go together; tls-{missing}-path is missing"
+    )
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"tls_enabled": True, "hosts": ("a", "b"), "canonical_host": "b"},

@@ -228,11 +228,11 @@ SECURE = table(
         ("any.test", "wild"),
         ("y.wild.test", "deeper"),
         ("", "first"),
-        # A host that is claimed answers alone, with TLS or without.
+        ("c.test", "wild"),  # whose settings the service under its path has, too
+        # A host whose root is claimed answers alone, with TLS or without.
         ("a.test", None),
         ("plain.test", None),
         ("x.wild.test", None),
-        ("c.test", None),
         ("test", None),
         ("x.y.wild.test", None),
     ],
@@ -240,6 +240,47 @@ SECURE = table(
 def test_who_has_the_tls_settings_of_a_host(host: str, name: str | None) -> None:
     found = SECURE.secure(host)
     assert (found and found.name) == name
+
+
+def test_each_host_of_a_part_has_its_own_settings() -> None:
+    """What one host has must not open the other, and no request may be sent where nobody is."""
+    closed = service("closed", ("closed.test",), tls=True)
+    plain = service("plain", ("plain.test",))
+    wild = service("wild", ("*.wild.test",), tls=True, redirect=False)
+    hosts = ("plain.test", "closed.test", "a.wild.test", "nobody.test")
+    for order in (hosts, hosts[::-1]):
+        leaf = service("leaf", order, ("/api",))
+        for services in ((closed, plain, wild, leaf), (leaf, wild, plain, closed)):
+            routes = table(*services)
+            # Also after another change, which begins with what was inherited.
+            for each in (routes, routes.with_service(service("other", ("other.test",)))):
+                got = {host: each.find(host, b"/api") for host in hosts}
+                settings = {
+                    host: (
+                        match[0].options.tls_enabled,
+                        match[0].options.tls_redirect,
+                        match[0].tls,
+                    )
+                    for host, match in got.items()
+                    if match is not None
+                }
+                assert settings == {
+                    "plain.test": (False, True, None),
+                    "closed.test": (True, True, closed.tls),
+                    "a.wild.test": (True, False, wild.tls),
+                    "nobody.test": (False, True, None),
+                }
+                for host, (enabled, _, _) in settings.items():
+                    assert (each.secure(host) is not None) == enabled
+
+
+def test_no_name_is_a_host_with_a_certificate() -> None:
+    """A part of a host is none, and who takes every host has none at hand."""
+    every, named = service("every", tls=True), service("named", ("a.test",), tls=True)
+    part = service("part", (), ("/api",))
+    chosen = table(part, every, named).secure("")
+    assert chosen is named
+    assert table(part, every).secure("") is every
 
 
 def test_no_name_without_tls() -> None:

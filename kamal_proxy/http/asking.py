@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, cast
 
 import trio
@@ -9,7 +10,7 @@ import trio
 from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.probe import common_headers, converse
 from kamal_proxy.http.upstream import ConnectError
-from kamal_proxy.tls.on_demand import SHOWN, Answer
+from kamal_proxy.tls.on_demand import ALLOWED, SHOWN, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +47,15 @@ class ApplicationAsker:
         try:
             headers = [*common_headers(host), (b"Accept", b"*/*")]
             head = await converse(upstream, b"GET", path, headers)
-            body = upstream.codec.take_body()
-            while not upstream.codec.received and len(body) < SHOWN:
-                await upstream.receive(None)
-                body += upstream.codec.take_body()
+            body = b""
+            # What is said with a yes is not read: it may be long in coming. A no that breaks off
+            # is a no nevertheless.
+            with contextlib.suppress(ProtocolError, trio.BrokenResourceError):
+                while head.status != ALLOWED:
+                    body += upstream.codec.take_body()
+                    if upstream.codec.received or len(body) >= SHOWN:
+                        break
+                    await upstream.receive(None)
         except (ProtocolError, trio.BrokenResourceError) as error:
             raise OSError(f"{target.name}: {error}") from error
         finally:

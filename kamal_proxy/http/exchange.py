@@ -457,9 +457,12 @@ class Exchange:
         if body is None:
             body = pages.render(status, message)
         headers = [(b"Content-Type", pages.CONTENT_TYPE)]
-        # Its place among the connections is wanted for others.
-        crowded = reason is Reason.PAUSE_FULL
-        return await self._downstream.answer(status, body, headers, close=crowded)
+        # Where the pause is full, its place among the connections is wanted for others.
+        close = reason is Reason.PAUSE_FULL
+        if reason is Reason.MISDIRECTED and self._client.client_ca is not None:
+            # Verified by authorities that are not the service's any more: only a new one helps.
+            close = True
+        return await self._downstream.answer(status, body, headers, close=close)
 
 
 def _now_milliseconds() -> bytes:

@@ -9,7 +9,6 @@ that reads nothing gets nothing done.
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -25,21 +24,22 @@ from h2.events import (
     TrailersReceived,
     WindowUpdated,
 )
+from h2.exceptions import DenialOfServiceError
 from h2.exceptions import ProtocolError as Http2Error
 
-from kamal_proxy.http.access_log import log_request
-from kamal_proxy.http.codec import ProtocolError, RequestHead
+from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.h2_codec import CONNECTION_WINDOW, MAX_STREAMS, SPACE_FOR_ERRORS, ServerCodec
-from kamal_proxy.http.h2_guard import FloodError, FrameError, FrameGuard
+from kamal_proxy.http.h2_guard import HEAD, FloodError, FrameError, FrameGuard
 from kamal_proxy.http.h2_output import Output
 from kamal_proxy.http.h2_stream import H2Stream
-from kamal_proxy.http.multiplexed import websocket_key
+from kamal_proxy.http.h2_turns import Turns
 from kamal_proxy.http.reasons import Reason
-from kamal_proxy.http.stream_heads import (
-    MalformedError,
-    request_head_untrusted,
-    response_fields,
-    trailers_untrusted,
+from kamal_proxy.http.stream_heads import MalformedError
+from kamal_proxy.http.stream_intake import (
+    log_headless,
+    read_head,
+    read_trailers,
+    refusal_fields,
 )
 from kamal_proxy.sockets import READ_SIZE, drop
 
@@ -55,7 +55,6 @@ _TOO_MUCH_OUTPUT = 2 * _MAX_OUTPUT
 _LITTLE = 8 * 1024  # bytes that may wait for a moment
 _FEW = 2  # requests at once that are hardly answered at the same moment
 _FRAMES_PER_TURN = 64  # until the other tasks have theirs
-_TABLE_SIZE = 4096  # bytes that a client may have its response heads' table take here
 _MAX_STREAM_ID = 2**31 - 1
 _LAST_CALL = 1.0  # seconds for requests that were sent before the client heard of a drain
 _LAST_CALL_PING = b"lastcall"
@@ -91,11 +90,11 @@ class H2Connection:
         "_leaving",
         "_nursery",
         "_ponged",
-        "_queue",
         "_reading",
         "_refusing",
         "_served",
         "_streams",
+        "_turns",
         "address",
         "believed",
         "client_ca",
@@ -126,7 +125,7 @@ class H2Connection:
         self._nursery: trio.Nursery | None = None
         self._reading = trio.CancelScope()
         self._block = 0  # which of the heads in several frames the deadline is for
-        self._queue: deque[H2Stream] = deque()  # streams that may have something to send
+        self._turns = Turns(self.codec)
         self.output = Output(stream, server.options.stall_timeout, self._lose, self.pump)
         # The end
         self._leaving = False  # the client was told that new requests are not welcome
@@ -171,6 +170,7 @@ class H2Connection:
             writer.cancel_scope.cancel(reason="everything is said")
         if not self.output.broken and not self.output.size and self._must_linger():
             await drop(self.stream)
+        self.output.forget()
 
     def _must_linger(self) -> bool:
         """Return whether the client may still be reading a response, or be told of an error.
@@ -194,7 +194,7 @@ class H2Connection:
             self.output.give_up()
         if self._reading.cancelled_caught and not self._refusing and not self.output.broken:
             if self.guard.in_block:
-                self._log_headless(Reason.HEAD_TIMEOUT, Reason.HEAD_TIMEOUT.status, "")
+                self._log_headless(Reason.HEAD_TIMEOUT.status, "the head did not come whole")
             self._close(ErrorCodes.NO_ERROR)
         # Whoever is still served is served in vain.
         for stream in list(self._streams.values()):
@@ -253,18 +253,18 @@ class H2Connection:
             self._receive_reset(event)
         elif isinstance(event, WindowUpdated):
             if not event.stream_id:
-                self._queue_all()
+                self._turns.window_opened()
             elif (stream := self._streams.get(event.stream_id)) is not None:
-                self._enqueue(stream)
+                self._turns.add(stream)
         elif isinstance(event, RemoteSettingsChanged):
-            if self.codec.encoder.header_table_size > _TABLE_SIZE:
-                self.codec.encoder.header_table_size = _TABLE_SIZE
-            self._queue_all()  # their windows may have grown
+            self.codec.limit_table()
+            for each in self._streams.values():
+                self._turns.add(each)  # its window may have grown
         elif isinstance(event, PingAckReceived) and event.ping_data == _LAST_CALL_PING:
             self._ponged.set()
 
     def _receive_request(self, event: RequestReceived) -> None:
-        stream_id, server, options = event.stream_id, self.server, self.server.options
+        stream_id, server = event.stream_id, self.server
         assert stream_id is not None
         ended = event.stream_ended is not None
         self._served = True
@@ -280,17 +280,10 @@ class H2Connection:
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
             return
         try:
-            head = request_head_untrusted(
-                _fields(event.headers),
-                version=b"2.0",
-                ended=ended,
-                max_size=options.max_head_size,
-                max_fields=options.max_headers,
-                websocket_key=websocket_key(),
-            )
+            head = read_head(server, _fields(event.headers), version=b"2.0", ended=ended)
         except MalformedError as error:
             self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
-            self._log_headless(Reason.BAD_REQUEST, 400, str(error))
+            self._log_headless(Reason.BAD_REQUEST.status, str(error))
             self.count_reset()
             return
         except ProtocolError as error:
@@ -318,6 +311,7 @@ class H2Connection:
         finally:
             self.server.streams -= 1
             del self._streams[stream.stream_id]
+            self._turns.forget(stream)
             if stream.complete:
                 self.guard.answered()
             if not self._streams:
@@ -340,13 +334,8 @@ class H2Connection:
         stream = self._streams.get(event.stream_id or 0)
         if stream is None:
             return
-        options = self.server.options
         try:
-            trailers = trailers_untrusted(
-                _fields(event.headers),
-                max_size=options.max_head_size,
-                max_fields=options.max_headers,
-            )
+            trailers = read_trailers(self.server, _fields(event.headers))
         except MalformedError:
             self.reset(stream.stream_id, ErrorCodes.PROTOCOL_ERROR)
             self.count_reset()
@@ -371,35 +360,20 @@ class H2Connection:
 
     def _refuse_head(self, stream_id: int, error: ProtocolError, *, ended: bool) -> None:
         """Answer a request that can't be served, but could be read."""
-        headers = [(b"Date", self.server.date()), (b"Content-Length", b"0")]
-        self.codec.send_headers(stream_id, response_fields(error.status, headers), end_stream=True)
+        self.codec.send_headers(stream_id, refusal_fields(self.server, error), end_stream=True)
         if not ended:
             self.reset(stream_id, ErrorCodes.NO_ERROR)
-        large = error.status == Reason.HEAD_TOO_LARGE.status
-        reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
-        self._log_headless(reason, error.status, str(error))
+        self._log_headless(error.status, str(error))
         self.count_reset()
 
-    def _log_headless(self, reason: Reason, status: int, why: str) -> None:
-        """Log and count a request whose head can't be used."""
-        server = self.server
-        server.metrics.request("", b"", status, 0.0)
-        server.metrics.failure("", reason)
-        server.log.debug("Malformed request", client_addr=self.address[0], error=why)
-        log_request(
-            server,
-            self.address,
-            RequestHead(b"", b"", b"2.0", [], 0),
-            status=status,
-            remote=self.address[0].encode(),
-            reason=reason,
-        )
+    def _log_headless(self, status: int, why: str) -> None:
+        log_headless(self.server, self.address, b"2.0", status, why)
 
     # What is sent
 
     def submit(self, stream: H2Stream) -> None:
         """Let a stream send what it has queued, when it is its turn."""
-        self._enqueue(stream)
+        self._turns.add(stream)
         self.pump()
 
     def consumed(self, stream_id: int, count: int) -> None:
@@ -414,32 +388,19 @@ class H2Connection:
             self.codec.reset_stream(stream_id, code)
             self.flush()
 
-    def _enqueue(self, stream: H2Stream) -> None:
-        if not stream.in_queue and stream.has_output:
-            stream.in_queue = True
-            self._queue.append(stream)
-
-    def _queue_all(self) -> None:
-        for stream in self._streams.values():
-            self._enqueue(stream)
-
     def pump(self) -> None:
         """Frame what the streams have queued, a frame of each in turn, and write it."""
-        queue, output = self._queue, self.output
+        turns, output = self._turns, self.output
         output.add(self.codec.data_to_send())
         while True:
-            while queue and output.size < _MAX_OUTPUT:
-                stream = queue.popleft()
-                stream.in_queue = False
-                if stream.has_output and not stream.gone and stream.frame_one():
+            while turns and output.size < _MAX_OUTPUT:
+                if turns.frame_one():
                     output.add(self.codec.data_to_send())
-                    self._enqueue(stream)
-                # Otherwise it waits for its window, or for something to send.
-            if not queue and output.size < _LITTLE and len(self._streams) > _FEW:
+            if not turns and output.size < _LITTLE and len(self._streams) > _FEW:
                 output.write_soon()  # the others will say something, too
                 return
             output.write_nowait()
-            if not queue or output.is_stuck or output.broken:
+            if not turns or output.is_stuck or output.broken:
                 return
 
     def flush(self) -> None:
@@ -457,19 +418,20 @@ class H2Connection:
 
     def _fail(self, error: Exception) -> None:
         """Tell the client what it has done, and end."""
+        flood = ""
         if isinstance(error, FloodError):
-            self.server.log.warning(
-                "HTTP/2 connection closed", client_addr=self.address[0], error=str(error)
-            )
+            flood = error.kind
             self._close(ErrorCodes.ENHANCE_YOUR_CALM)
         elif isinstance(error, FrameError):
             self._close(ErrorCodes(error.code))
         else:
+            if isinstance(error, DenialOfServiceError):
+                flood = HEAD  # one that unpacks to far more than it took
             self.flush()  # the library has said it
-        if not isinstance(error, FloodError):
-            self.server.log.debug(
-                "HTTP/2 connection closed", client_addr=self.address[0], error=str(error)
-            )
+        if flood:
+            self.server.metrics.flood("HTTP/2", flood)
+        log = self.server.log.warning if flood else self.server.log.debug
+        log("HTTP/2 connection closed", client_addr=self.address[0], error=str(error))
 
     def _close(self, code: ErrorCodes) -> None:
         self._refusing = True

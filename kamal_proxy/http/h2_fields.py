@@ -7,8 +7,6 @@ not by the h2 library, which would end the whole connection.
 from __future__ import annotations
 
 import re
-from base64 import b64encode
-from hashlib import sha1
 
 from hpack import NeverIndexedHeaderTuple
 
@@ -21,20 +19,15 @@ from kamal_proxy.http.codec import (
     may_be_trailer,
 )
 from kamal_proxy.http.pages import reason
+from kamal_proxy.http.stream_heads import CONNECTION_SPECIFIC, NAME
 
-_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"(?:[^\x00\r\n \t](?:[^\x00\r\n]*[^\x00\r\n \t])?)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _STATUS = re.compile(rb"[1-9][0-9][0-9]")
-# RFC 9113 8.2.2
-_CONNECTION_SPECIFIC = frozenset(
-    {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
-)
-_NOT_SENT = _CONNECTION_SPECIFIC | {b"host"}
+_NOT_SENT = CONNECTION_SPECIFIC | {b"host"}
 # RFC 8441 5.1: the handshake of a WebSocket has no use for it on a stream.
 _NOT_IN_CONNECT = _NOT_SENT | {b"sec-websocket-key"}
 _NOT_IN_SWITCH = frozenset({b"content-length", b"sec-websocket-accept", b"upgrade"})
-_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # Other with each request, so that they would only drive the rest out of the table; or secret.
 _NOT_INDEXED = frozenset(
     {b"authorization", b"content-length", b"cookie", b"x-request-id", b"x-request-start"}
@@ -91,19 +84,15 @@ def response_head(fields: HeaderPairs, *, ended: bool) -> ResponseHead:
         raise ProtocolError("status 101 in HTTP/2")  # RFC 9113 8.6
     headers = _headers(fields[1:])
     length = 0 if ended else CHUNKED
+    lengths = 0
     for name, _, value in headers:
         if name == b"content-length":
-            if not _LENGTH.fullmatch(value):
-                raise ProtocolError("malformed content-length")
+            lengths += 1
+            if lengths > 1 or not _LENGTH.fullmatch(value):
+                raise ProtocolError("malformed or repeated content-length")
             if not ended:
                 length = int(value)
     return ResponseHead(status, reason(status).encode(), headers, length)
-
-
-def websocket_accept(headers: HeaderPairs) -> bytes:
-    """Return the Sec-WebSocket-Accept that a request over HTTP/1.1 wants (RFC 6455 4.2.2)."""
-    key = next((value for name, value in headers if name.lower() == b"sec-websocket-key"), b"")
-    return b64encode(sha1(key + _WEBSOCKET_GUID, usedforsecurity=False).digest())
 
 
 def switching_head(head: ResponseHead, accept: bytes) -> ResponseHead:
@@ -128,11 +117,11 @@ def trailers(fields: HeaderPairs) -> HeaderPairs:
 def _headers(fields: HeaderPairs) -> list[Header]:
     headers: list[Header] = []
     for name, value in fields:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ProtocolError(f"malformed field name {name[:100]!r}")
         if not _VALUE.fullmatch(value):
             raise ProtocolError(f"malformed value of {name[:100]!r}")
-        if name in _CONNECTION_SPECIFIC:
+        if name in CONNECTION_SPECIFIC:
             raise ProtocolError(f"field {name.decode()!r} in HTTP/2")
         headers.append((name, name, value))
     return headers

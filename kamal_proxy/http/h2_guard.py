@@ -45,8 +45,24 @@ _RESET_BURST = 200.0
 _RESETS_PER_SECOND = 20.0
 
 
+#: What there was too much of, for the metrics.
+CANCELLED: Final = "cancelled"
+FRAMES: Final = "frames"
+HEAD: Final = "head"
+MEMORY: Final = "memory"
+WORK: Final = "work"
+
+
 class FloodError(Exception):
-    """The client sends too much of what is of no use; the text says what."""
+    """The client sends too much of what is of no use; the text says what.
+
+    Attributes:
+        kind: One of ``CANCELLED``, ``FRAMES`` and ``HEAD``.
+    """
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class FrameError(Exception):
@@ -93,6 +109,15 @@ class Budget:
         self._left = min(self._burst, self._left + points)
 
 
+def reset_budget(now: float) -> Budget:
+    """Return what a client may cancel of its requests, of any version of HTTP with streams.
+
+    Args:
+        now: Seconds on any clock.
+    """
+    return Budget(_RESET_BURST, _RESETS_PER_SECOND, now)
+
+
 class FrameGuard:
     """Splits what a client sends into frames, and counts them.
 
@@ -122,7 +147,7 @@ class FrameGuard:
         self._buffer = bytearray()
         self._block = 0  # bytes of the head that is arriving
         self._budget = Budget(_BURST, _PER_SECOND, now)
-        self._resets = Budget(_RESET_BURST, _RESETS_PER_SECOND, now)
+        self._resets = reset_budget(now)
         self.begun = False
         self.in_block = False
         self.blocks = 0
@@ -182,7 +207,7 @@ class FrameGuard:
             FloodError: too many were.
         """
         if not self._resets.take(1.0, now):
-            raise FloodError("too many requests were cancelled")
+            raise FloodError("too many requests were cancelled", CANCELLED)
 
     def _count(self, frame: bytes, length: int, now: float) -> None:
         kind, flags = frame[3], frame[4]
@@ -192,7 +217,7 @@ class FrameGuard:
         if kind == _HEADERS or (kind == _CONTINUATION and self.in_block):
             self._block = length if kind == _HEADERS else self._block + length
             if self._block > self._max_block:
-                raise FloodError(f"a head of more than {self._max_block} bytes")
+                raise FloodError(f"a head of more than {self._max_block} bytes", HEAD)
             self.in_block = not flags & _END_HEADERS
             if kind == _HEADERS:
                 self.blocks += self.in_block
@@ -211,4 +236,4 @@ class FrameGuard:
         elif kind == _SETTINGS:
             cost = _COST_SETTINGS
         if not self._budget.take(cost, now):
-            raise FloodError(f"too many frames of kind {kind}")
+            raise FloodError(f"too many frames of kind {kind}", FRAMES)

@@ -65,6 +65,14 @@ class Output:
         self._room: trio.Event | None = None
         self.broken = False
 
+    def forget(self) -> None:
+        """Call nobody any more, at the end.
+
+        Else the connection and this would keep each other, and all that TLS has in memory for them,
+        until the garbage collector comes by.
+        """
+        self._lost = self._more = _nobody
+
     @property
     def size(self) -> int:
         """Bytes that wait."""
@@ -152,3 +160,7 @@ class Output:
         if self._room is not None:
             self._room.set()
             self._room = None
+
+
+def _nobody(_: object = None) -> None:
+    """Take a call that is for nobody."""

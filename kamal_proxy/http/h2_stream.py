@@ -70,25 +70,19 @@ class H2Stream(MultiplexedStream):
 
     def frame_one(self) -> bool:
         """Frame the next of what is queued; return whether anything could be."""
-        codec = self._connection.codec
-        if self.heads:
-            fields = self.heads.popleft()
-            last = self.ending and not (self.heads or self.queued or self.trailers_out)
-            codec.send_headers(self.stream_id, fields, end_stream=last)
-        elif self.queued:
+        codec, out = self._connection.codec, self.out
+        if out.size and not out.heads:
             limit = min(codec.local_flow_control_window(self.stream_id), MAX_FRAME)
             if limit <= 0:
                 return False
-            data = self.take_output(limit)
-            last = self.ending and not (self.queued or self.trailers_out)
-            codec.send_data(self.stream_id, data, end_stream=last)
-            self._connection.guard.sent_data(limit, cut=self.queued > 0)
+            data = out.take_body(limit)
+            codec.send_data(self.stream_id, data, end_stream=out.is_done)
+            self._connection.guard.sent_data(limit, cut=out.size > 0)
+        elif out:
+            fields = out.take_fields()
+            codec.send_headers(self.stream_id, fields, end_stream=out.is_done)
         else:
-            last = True
-            if self.trailers_out:
-                codec.send_headers(self.stream_id, self.trailers_out, end_stream=True)
-            else:
-                codec.end_stream(self.stream_id)
-        self.complete = last
-        self.sent_some()
+            codec.end_stream(self.stream_id)
+        self.complete = out.is_done
+        out.tell()
         return True

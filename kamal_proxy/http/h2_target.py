@@ -11,8 +11,6 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import trio
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     DataReceived,
@@ -29,10 +27,16 @@ from h2.events import (
 )
 from h2.exceptions import ProtocolError as H2Error
 from h2.exceptions import StreamClosedError
-from h2.settings import SettingCodes, Settings
 
 from kamal_proxy.http import h2_fields
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError
+from kamal_proxy.http.h2_codec import (
+    MAX_STREAMS,
+    MAX_TARGET_FRAME,
+    TARGET_WINDOW,
+    BodyLengthWrong,
+    TargetCodec,
+)
 from kamal_proxy.http.h2_frames import FrameError, FrameReader, GoAway
 from kamal_proxy.http.h2_outbox import Outbox
 from kamal_proxy.http.h2_upstream import H2Upstream
@@ -43,9 +47,6 @@ if TYPE_CHECKING:
 
     from kamal_proxy.sockets import SocketStream
 
-MAX_STREAMS = 100  # requests at a time on one connection
-WINDOW = 256 * 1024  # bytes of a response that wait for its client
-MAX_FRAME = 64 * 1024
 PING_TIMEOUT = 1.0  # seconds
 # Frames that carry nothing, as far as they come faster than what they are about, and this many in a
 # second besides.
@@ -53,15 +54,7 @@ MAX_IDLE_FRAMES = 1000
 _IDLE_FRAMES_PER_SECOND = 10
 _IDLE_FRAMES_PER_USEFUL = 4
 _MANY_FRAMES = 64
-_TABLE_SIZE = 4096  # bytes; of the table of fields that were sent
 _PING = b"kp-alive"
-
-
-class _Codec(H2Connection):
-    """The library's connection, which remembers fewer streams that have ended."""
-
-    # Enough for frames that were under way when a stream ended; each takes memory.
-    MAX_CLOSED_STREAMS = 10 * MAX_STREAMS
 
 
 class H2TargetConnection:
@@ -81,26 +74,8 @@ class H2TargetConnection:
 
     def __init__(self, stream: SocketStream, max_head_size: int) -> None:
         self._stream = stream
-        # Of what is malformed, the library would make an error of the connection.
-        self._h2 = _Codec(
-            H2Configuration(
-                validate_inbound_headers=False,
-                normalize_inbound_headers=False,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-            )
-        )
-        self._h2.local_settings = Settings(
-            initial_values={
-                SettingCodes.ENABLE_PUSH: 0,
-                SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
-                SettingCodes.MAX_FRAME_SIZE: MAX_FRAME,
-                SettingCodes.MAX_HEADER_LIST_SIZE: max_head_size,
-            }
-        )
-        self._h2.max_inbound_frame_size = MAX_FRAME
-        self._h2.decoder.max_header_list_size = max_head_size
-        self._frames = FrameReader(MAX_FRAME, max_head_size)
+        self._h2 = TargetCodec(max_head_size)
+        self._frames = FrameReader(MAX_TARGET_FRAME, max_head_size)
         self._users: set[H2Upstream] = set()
         self._opened: dict[int, H2Upstream] = {}
         self._changed = trio.lowlevel.ParkingLot()  # those that could not send
@@ -151,7 +126,7 @@ class H2TargetConnection:
         try:
             self._stream.keep_alive()
             self._h2.initiate_connection()
-            room = MAX_STREAMS * WINDOW - self._h2.inbound_flow_control_window
+            room = MAX_STREAMS * TARGET_WINDOW - self._h2.inbound_flow_control_window
             self._h2.increment_flow_control_window(room)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
@@ -226,7 +201,7 @@ class H2TargetConnection:
             if isinstance(piece, GoAway):
                 self._go_away(piece)
                 continue
-            for event in self._h2.receive_data(piece):
+            for event in self._h2.receive_frame(piece):
                 handle = _HANDLERS.get(type(event))
                 if handle is not None:
                     handle(self, event)
@@ -257,9 +232,7 @@ class H2TargetConnection:
             self.close()
 
     def _settings(self, _: Event) -> None:
-        if self._h2.encoder.header_table_size > _TABLE_SIZE:
-            # It may be as large as the target likes, but each field is looked for in all of it.
-            self._h2.encoder.header_table_size = _TABLE_SIZE
+        self._h2.limit_table()
         self.ready.set()
         self._changed.unpark_all()
 
@@ -302,8 +275,12 @@ class H2TargetConnection:
         upstream = self._of(event.stream_id)
         if upstream is None or not event.data:
             self.acknowledge(event.stream_id, event.flow_controlled_length)
-        else:
+        elif upstream.may_have_body:
             upstream.add_body(event.data, event.flow_controlled_length)
+        else:
+            self.acknowledge(event.stream_id, event.flow_controlled_length)
+            error = ProtocolError("a body where there is none")
+            self._malformed(event.stream_id, upstream, error)
 
     def _ended(self, event: Event) -> None:
         assert isinstance(event, StreamEnded)
@@ -319,6 +296,13 @@ class H2TargetConnection:
             refused = event.error_code == ErrorCodes.REFUSED_STREAM
             by = "target" if event.remote_reset else "proxy"
             upstream.lose(f"reset by the {by}: {_name(event.error_code)}", refused=refused)
+            self._changed.unpark_all()
+
+    def _wrong_length(self, event: Event) -> None:
+        assert isinstance(event, BodyLengthWrong)
+        upstream = self._opened.pop(event.stream_id, None)
+        if upstream is not None:
+            upstream.lose(f"malformed response: {event.why}")
             self._changed.unpark_all()
 
     def _uninvited(self, _: Event) -> None:
@@ -427,6 +411,7 @@ class H2TargetConnection:
 
 
 _HANDLERS: dict[type[Event], Callable[[H2TargetConnection, Event], None]] = {
+    BodyLengthWrong: H2TargetConnection._wrong_length,
     DataReceived: H2TargetConnection._data,
     InformationalResponseReceived: H2TargetConnection._head,
     PingAckReceived: H2TargetConnection._pinged,

@@ -16,7 +16,7 @@ from kamal_proxy.http import h2_fields
 from kamal_proxy.http.codec import HeaderPairs, ProtocolError, ResponseHead
 from kamal_proxy.http.h2_tunnel import H2TunnelEnd
 from kamal_proxy.http.reasons import TargetFailed
-from kamal_proxy.http.websocket import is_websocket
+from kamal_proxy.http.websocket import accept_of, is_websocket
 from kamal_proxy.sockets import Reader
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class H2Upstream(Reader):
         heard: Whether something of the response has arrived.
         refused: Whether the target has said that it did nothing with the request.
         is_costly: Whether the body came in very many parts lately.
+        may_have_body: Whether the response may have one (RFC 9110 6.4.1).
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class H2Upstream(Reader):
         "_tunnel",
         "heard",
         "is_costly",
+        "may_have_body",
         "opened",
         "received",
         "refused",
@@ -91,6 +93,7 @@ class H2Upstream(Reader):
         self.heard = False
         self.refused = False
         self.is_costly = False
+        self.may_have_body = True
 
     def __repr__(self) -> str:
         return f"<H2Upstream stream={self._stream_id} {self._failure}>"
@@ -128,7 +131,7 @@ class H2Upstream(Reader):
                     "reach it over HTTP/1.1"
                 )
             self._tunnel = True
-            self._accept = h2_fields.websocket_accept(headers)
+            self._accept = accept_of(_key(headers))
             self._fields = h2_fields.request_fields(method, target, headers, b"websocket")
         else:
             self._fields = h2_fields.request_fields(method, target, headers)
@@ -321,6 +324,7 @@ class H2Upstream(Reader):
         if len(self._heads) >= _MAX_HEADS:
             raise ProtocolError(f"more than {_MAX_HEADS} heads")
         self.heard = True
+        self.may_have_body = head.status not in (204, 304)  # the library knows HEAD
         self._heads.append(head)
         self.wake_reader()
 
@@ -341,8 +345,13 @@ class H2Upstream(Reader):
         self._out.clear()
         if not self.received and not self._failure:
             self._failure = reason
-            self.refused = refused
+            # Who has begun to answer has begun to work: it must not get the request again.
+            self.refused = refused and not self.heard
         self.wake_reader()
+
+
+def _key(headers: HeaderPairs) -> bytes:
+    return next((value for name, value in headers if name.lower() == b"sec-websocket-key"), b"")
 
 
 def _frames_body(name: bytes, value: bytes) -> bool:

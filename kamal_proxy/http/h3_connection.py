@@ -17,18 +17,17 @@ from aioquic.quic.events import (
 )
 
 from kamal_proxy.http import h3_codec
-from kamal_proxy.http.access_log import log_request
-from kamal_proxy.http.codec import ProtocolError, RequestHead
-from kamal_proxy.http.h2_guard import Budget
+from kamal_proxy.http.codec import ProtocolError
+from kamal_proxy.http.h2_guard import CANCELLED, reset_budget
 from kamal_proxy.http.h3_codec import H3Error, RequestReader, Section, ServerCodec, goaway
 from kamal_proxy.http.h3_stream import H3Stream
-from kamal_proxy.http.multiplexed import websocket_key
 from kamal_proxy.http.reasons import Reason
-from kamal_proxy.http.stream_heads import (
-    MalformedError,
-    request_head_untrusted,
-    response_fields,
-    trailers_untrusted,
+from kamal_proxy.http.stream_heads import MalformedError
+from kamal_proxy.http.stream_intake import (
+    log_headless,
+    read_head,
+    read_trailers,
+    refusal_fields,
 )
 
 if TYPE_CHECKING:
@@ -51,10 +50,6 @@ _ASKING_PING = 2
 _END_TIMEOUT = 5.0  # seconds for what is left to be done at the end
 _ASK_INTERVAL = 15.0  # seconds between two questions whether a client is still there
 _SPACE_FOR_ERRORS = 2  # a head that is too large is answered if it is not larger by this factor
-
-# As over HTTP/2; see ``h2_guard``.
-_RESET_BURST = 200.0
-_RESETS_PER_SECOND = 20.0
 
 
 class H3Connection:
@@ -92,7 +87,7 @@ class H3Connection:
         self._opened: dict[int, float] = {}  # when; of those whose head has not
         self._streams: dict[int, H3Stream] = {}
         self._next_id = 0  # the lowest that was never used
-        self._resets = Budget(_RESET_BURST, _RESETS_PER_SECOND, trio.current_time())
+        self._resets = reset_budget(trio.current_time())
         self._served = False  # a request has come
         self._idle_since = trio.current_time()
         self._asked = trio.current_time()
@@ -179,7 +174,7 @@ class H3Connection:
                 break
             self._forget_reader(stream_id)
             self._reset(stream_id, h3_codec.REQUEST_INCOMPLETE)
-            self._log_headless(Reason.HEAD_TIMEOUT, Reason.HEAD_TIMEOUT.status, "no head came")
+            self._log_headless(Reason.HEAD_TIMEOUT.status, "the head did not come whole")
         if self._streams and now >= self._asked + self._ask_interval:
             # A silent client is found out by QUIC's own timeout, if it has to answer something.
             self._asked = now
@@ -246,7 +241,7 @@ class H3Connection:
             had_head = reader.has_head
             self._forget_reader(stream_id)
             stream = self._streams.get(stream_id)
-            if stream is not None and not stream.ended:
+            if stream is not None and not stream.incoming.ended:
                 stream.receive_end()
             elif not had_head:
                 self._reset(stream_id, h3_codec.REQUEST_INCOMPLETE)
@@ -280,7 +275,7 @@ class H3Connection:
             self._receive_trailers(stream, part)
 
     def _receive_head(self, stream_id: int, section: Section, *, ended: bool) -> None:
-        server, options = self.server, self.server.options
+        server = self.server
         self._served = True
         self._idle_since = trio.current_time()
         if section.block is None:
@@ -292,20 +287,12 @@ class H3Connection:
             return
         if server.streams >= server.max_streams:
             self._reset(stream_id, h3_codec.REQUEST_REJECTED)
-            self.count_reset()
             return
         try:
-            head = request_head_untrusted(
-                fields,
-                version=b"3.0",
-                ended=ended,
-                max_size=options.max_head_size,
-                max_fields=options.max_headers,
-                websocket_key=websocket_key(),
-            )
+            head = read_head(server, fields, version=b"3.0", ended=ended)
         except MalformedError as error:
             self._reset(stream_id, h3_codec.MESSAGE_ERROR)
-            self._log_headless(Reason.BAD_REQUEST, Reason.BAD_REQUEST.status, str(error))
+            self._log_headless(Reason.BAD_REQUEST.status, str(error))
             self.count_reset()
             return
         except ProtocolError as error:
@@ -336,15 +323,12 @@ class H3Connection:
                 self._end_if_done()
 
     def _receive_trailers(self, stream: H3Stream, section: Section) -> None:
-        options = self.server.options
         if section.block is None:
             stream.malformed()
             return
         fields = self.codec.decode(stream.stream_id, section.block)
         try:
-            trailers = trailers_untrusted(
-                fields, max_size=options.max_head_size, max_fields=options.max_headers
-            )
+            trailers = read_trailers(self.server, fields)
         except MalformedError:
             stream.malformed()
         else:
@@ -398,37 +382,23 @@ class H3Connection:
                 self.server.log.warning(
                     "HTTP/3 connection closed", client_addr=self.address[0], error=words
                 )
+                self.server.metrics.flood("HTTP/3", CANCELLED)
             self.close(h3_codec.EXCESSIVE_LOAD, words)
 
     def _refuse_head(self, stream_id: int, error: ProtocolError, *, ended: bool) -> None:
         """Answer a request that can't be served, but could be read."""
-        headers = [(b"Date", self.server.date()), (b"Content-Length", b"0")]
-        fields = response_fields(error.status, headers)
+        fields = refusal_fields(self.server, error)
         self.quic.send_stream_data(
             stream_id, self.codec.section(stream_id, fields), end_stream=True
         )
         if not ended:
             self.quic.refuse(stream_id, h3_codec.NO_ERROR)
         self.touch()
-        large = error.status == Reason.HEAD_TOO_LARGE.status
-        reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
-        self._log_headless(reason, error.status, str(error))
+        self._log_headless(error.status, str(error))
         self.count_reset()
 
-    def _log_headless(self, reason: Reason, status: int, why: str) -> None:
-        """Log and count a request whose head can't be used."""
-        server = self.server
-        server.metrics.request("", b"", status, 0.0)
-        server.metrics.failure("", reason)
-        server.log.debug("Malformed request", client_addr=self.address[0], error=why)
-        log_request(
-            server,
-            self.address,
-            RequestHead(b"", b"", b"3.0", [], 0),
-            status=status,
-            remote=self.address[0].encode(),
-            reason=reason,
-        )
+    def _log_headless(self, status: int, why: str) -> None:
+        log_headless(self.server, self.address, b"3.0", status, why)
 
     # What is sent
 

@@ -25,6 +25,7 @@ from aioquic.quic.events import (
 from aioquic.quic.packet import QuicErrorCode
 
 from kamal_proxy.http import h3_packets
+from kamal_proxy.http.h2_guard import MEMORY, WORK
 from kamal_proxy.http.h3_link import Limits, Link, network_of
 from kamal_proxy.http.h3_quic import VERSIONS, ServerQuic, server_configuration
 from kamal_proxy.http.h3_socket import Path, receive_nowait, send_nowait
@@ -71,6 +72,7 @@ class QuicEndpoint:
         log: For what is wrong with this host or this program; not for what clients do.
         idle_timeout: Seconds without a sign of the client after which a connection is given up.
         handshake_timeout: Seconds that a handshake may take.
+        count_flood: Counts a connection that is closed for making work, with the reason.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class QuicEndpoint:
         *,
         idle_timeout: float,
         handshake_timeout: float,
+        count_flood: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._sock = sock
         self.limits = limits
         self._select = select
         self._open_application = open_application
         self._log = log
+        self._count_flood = count_flood
         self._handshake_timeout = handshake_timeout
         self._configuration = server_configuration(idle_timeout)
         self._retries = h3_packets.Retries()
@@ -260,6 +264,7 @@ class QuicEndpoint:
             self._log.warning(
                 "HTTP/3 connection closed", client_addr=link.path.address[0], error=words
             )
+            self._count_flood(WORK)
             link.close(_EXCESSIVE_LOAD, words)
 
     def _repeat_farewell(self, link: Link) -> None:
@@ -297,6 +302,7 @@ class QuicEndpoint:
         # What is ending is as good as gone: the others must not have to go for it as well.
         held = 0 if quic.is_ending else quic.held
         if held > _SMALL_HOLD and limits.held + held - link.held > MAX_HELD:
+            self._count_flood(MEMORY)
             link.close(_EXCESSIVE_LOAD, "too much data that nobody reads")
             self._tell(link)
             held = 0

@@ -79,24 +79,19 @@ class H3Stream(MultiplexedStream):
 
     def _write(self) -> bool:
         """Give aioquic what there is room for; return whether that was something."""
-        wrote = False
+        wrote, out = False, self.out
         while self.has_output and not self.gone:
             room = self._connection.room(self.stream_id)
             if room <= 0:
                 break
-            last = False
-            if self.heads:
-                data = self._connection.codec.section(self.stream_id, self.heads.popleft())
-            elif self.queued:
-                data = data_frame(self.take_output(min(room, _MAX_FRAME)))
-            else:
-                last, data = True, b""
-                if self.trailers_out:
-                    data = self._connection.codec.section(self.stream_id, self.trailers_out)
+            data = b""
+            if out.size and not out.heads:
+                data = data_frame(out.take_body(min(room, _MAX_FRAME)))
+            elif out:
+                data = self._connection.codec.section(self.stream_id, out.take_fields())
             # The end goes along with what comes last, and needs no packet of its own.
-            last = last or (self.ending and not (self.heads or self.queued or self.trailers_out))
-            self._connection.quic.send_stream_data(self.stream_id, data, end_stream=last)
-            self.complete = last
+            self.complete = out.is_done
+            self._connection.quic.send_stream_data(self.stream_id, data, end_stream=self.complete)
             wrote = True
         return wrote
 
@@ -114,7 +109,7 @@ class H3Stream(MultiplexedStream):
             self._left = self._connection.quic.unacknowledged(self.stream_id)
             moved = True
         if moved:
-            self.sent_some()
+            self.out.tell()
         if self._moved is not None and (moved or self.is_delivered):
             self._moved.set()
             self._moved = None

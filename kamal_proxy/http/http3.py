@@ -7,6 +7,7 @@ served. Connections and requests are those of the HTTPS server, as those of HTTP
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,7 @@ class Http3Server:
                 server.log,
                 idle_timeout=options.idle_timeout,
                 handshake_timeout=min(options.head_timeout, _HANDSHAKE_TIMEOUT),
+                count_flood=partial(server.metrics.flood, "HTTP/3"),
             )
             for sock in sockets
         ]

@@ -52,7 +52,7 @@ class HttpsFront:
         try:
             with scope:
                 secured = await self._secure(stream, address)
-            if scope.cancelled_caught:
+            if scope.cancelled_caught and not self._server.closing:
                 self._fail("timeout", address)
         except Exception as error:  # a bug must cost one connection, not the proxy
             self._server.log.error("Connection failed", client_addr=address[0], error=repr(error))

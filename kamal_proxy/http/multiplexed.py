@@ -6,14 +6,10 @@ what is to be sent and was not framed. Framing and flow control are the subclass
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import enum
-import hashlib
 import math
-import os
 from abc import ABC, abstractmethod
-from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 import trio
@@ -23,8 +19,10 @@ from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.http.headers import is_lookalike
 from kamal_proxy.http.reasons import ClientGone, Reason, TargetFailed
+from kamal_proxy.http.stream_bodies import Incoming, Outgoing
 from kamal_proxy.http.stream_heads import plain_fields, response_fields
 from kamal_proxy.http.stream_tunnel import StreamTunnelEnd
+from kamal_proxy.http.websocket import accept_of
 
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Drain
@@ -34,17 +32,6 @@ if TYPE_CHECKING:
     from kamal_proxy.listeners import Address
 
 _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
-_MAX_QUEUED = 64 * 1024  # bytes from a tunnel that wait for the client to open its window
-_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
-
-
-def websocket_key() -> bytes:
-    """Return a new Sec-WebSocket-Key (RFC 6455 4.1)."""
-    return base64.b64encode(os.urandom(16))
-
-
-def _websocket_accept(key: bytes) -> bytes:
-    return base64.b64encode(hashlib.sha1(key + _WEBSOCKET_GUID, usedforsecurity=False).digest())
 
 
 class Ending(enum.Enum):
@@ -81,26 +68,17 @@ class MultiplexedStream(ABC):
         ended: Whether it has no body.
 
     Attributes:
-        heads: Field sections to be sent before anything else, in order.
-        ending: Whether nothing follows what is queued now.
-        trailers_out: Trailers to be sent at the end.
-        ended: Whether the last of the request has arrived.
+        incoming: What has arrived of the request and was not taken.
+        out: What is to be sent.
         complete: Whether the last of the response was sent; the subclass sets it.
         gone: Whether the client has given the stream up, or is gone itself.
     """
 
     __slots__ = (
-        "_arrival",
-        "_arrived",
         "_exchange",
         "_head",
-        "_out",
-        "_out_size",
-        "_progress",
         "_reason",
         "_scope",
-        "_size",
-        "_trailers",
         "_tunnelled",
         "_why_gone",
         "address",
@@ -109,18 +87,16 @@ class MultiplexedStream(ABC):
         "client_ca",
         "complete",
         "drain",
-        "ended",
-        "ending",
         "gone",
-        "heads",
         "hidden",
+        "incoming",
         "is_cut",
+        "out",
         "received",
         "response",
         "sent",
         "server",
         "status",
-        "trailers_out",
         "vouched",
     )
 
@@ -138,24 +114,14 @@ class MultiplexedStream(ABC):
         self._reason = Reason.IDLE
         self._exchange: Exchange | None = None
         # The request
-        # Not a list of parts: those of one byte would take forty times the memory of the window.
-        self._arrived = bytearray()
-        self._arrival: trio.Event | None = None  # what waits for more
-        self._size = 0  # bytes of body so far
-        self._trailers: HeaderPairs = []
-        self.ended = ended
+        self.incoming = Incoming(ended=ended)
         self.received = False
         self.gone = False
         self._why_gone = Reason.CLIENT_GONE
         self.awaits_continue = not ended and head.get(b"expect").lower() == b"100-continue"
         self.hidden = b""
         # The response
-        self.heads: deque[HeaderPairs] = deque()
-        self._out: deque[memoryview] = deque()
-        self._out_size = 0
-        self._progress: trio.Event | None = None  # what waits for some to be sent
-        self.ending = False
-        self.trailers_out: HeaderPairs = []
+        self.out = Outgoing()
         self.complete = False
         self._tunnelled = False
         self.status = 0
@@ -187,26 +153,24 @@ class MultiplexedStream(ABC):
         """Take a part of the request's body. Flow control limits what is kept here."""
         if not data or self.gone:
             return
-        self._size += len(data)
-        if 0 <= self._head.length < self._size and not self._head.protocol:
+        if 0 <= self._head.length < self.incoming.size + len(data) and not self._head.protocol:
             self._fail()
             return
-        self._arrived += data
-        self._tell_arrival()
+        self.incoming.add(data)
 
     def receive_trailers(self, trailers: HeaderPairs) -> None:
         """Take the trailers that a target may see; :meth:`receive_end` follows."""
-        self._trailers = trailers
+        self.incoming.trailers = trailers
 
     def receive_end(self) -> None:
         """Take note that the request has arrived whole."""
         if self.gone:
             return
-        if self._head.length > self._size:
+        if self._head.length > self.incoming.size:
             self._fail()
             return
-        self.ended = True
-        self._tell_arrival()
+        self.incoming.ended = True
+        self.incoming.tell()
 
     def _fail(self) -> None:
         """End the stream: its body has another length than was announced (RFC 9113 8.1.1)."""
@@ -223,40 +187,17 @@ class MultiplexedStream(ABC):
             return
         self.gone = True
         self._why_gone = reason
-        self._drop_output()
+        self.out.drop()
         self._take_arrived()
-        self._tell_arrival()
-        self.sent_some()
+        self.incoming.tell()
+        self.out.tell()
         if not self._tunnelled:  # a tunnel ends by itself, as with any broken connection
             self.cancel(reason)
 
-    def sent_some(self) -> None:
-        """Take note that some of the output was sent, so that the client has not stalled."""
-        if self._progress is not None:
-            self._progress.set()
-            self._progress = None
-
     @property
     def has_output(self) -> bool:
-        """Whether something is queued."""
-        return bool(self.heads or self._out or (self.ending and not self.complete))
-
-    @property
-    def queued(self) -> int:
-        """Bytes of body that are queued."""
-        return self._out_size
-
-    def take_output(self, limit: int) -> memoryview:
-        """Return up to ``limit`` queued bytes of body, which are to be sent now."""
-        first = self._out[0]
-        if len(first) <= limit:
-            self._out.popleft()
-            data = first
-        else:
-            data = first[:limit]
-            self._out[0] = first[limit:]
-        self._out_size -= len(data)
-        return data
+        """Whether something is queued, be it only the end."""
+        return bool(self.out) or (self.out.ending and not self.complete)
 
     # Serving it
 
@@ -278,11 +219,12 @@ class MultiplexedStream(ABC):
                 await self._interrupted(exchange)
         finally:
             exchange.finish()
+            self._exchange = None  # else the two keep each other, and the connection
             self._take_arrived()  # what nobody wants must not hold up the other streams
-            self._drop_output()
+            self.out.drop()
             if not self.complete:
                 self.abort(Ending.CANCELLED if self._tunnelled else Ending.FAILED)
-            elif not self.ended:
+            elif not self.incoming.ended:
                 self.abort(Ending.DONE)
 
     async def _interrupted(self, exchange: Exchange) -> None:
@@ -323,9 +265,10 @@ class MultiplexedStream(ABC):
     @property
     def trailers(self) -> HeaderPairs:
         """The request's trailers that a target may see, once it has arrived whole."""
-        if self._trailers and self.hidden:
-            return [pair for pair in self._trailers if not is_lookalike(pair[0], self.hidden)]
-        return self._trailers
+        trailers = self.incoming.trailers
+        if trailers and self.hidden:
+            return [pair for pair in trailers if not is_lookalike(pair[0], self.hidden)]
+        return trailers
 
     def take_body(self) -> bytes:
         """Return what has arrived of the body and was not taken yet.
@@ -340,9 +283,9 @@ class MultiplexedStream(ABC):
             self.received = True  # what arrives is for the tunnel
             return b""
         data = self._take_arrived()
-        if data or self.ended:
+        if data or self.incoming.ended:
             self.awaits_continue = False
-        self.received = self.ended
+        self.received = self.incoming.ended
         return data
 
     def take_body_nowait(self) -> bytes:
@@ -350,10 +293,9 @@ class MultiplexedStream(ABC):
         return self.take_body()
 
     def _take_arrived(self) -> bytes:
-        if not self._arrived:
+        if not self.incoming:
             return b""
-        data = bytes(self._arrived)
-        self._arrived.clear()
+        data = self.incoming.take()
         self.consumed(len(data))
         return data
 
@@ -363,23 +305,12 @@ class MultiplexedStream(ABC):
         Raises:
             ClientGone: the client has given the stream up.
         """
-        if self._arrived or self.ended:
+        if self.incoming or self.incoming.ended:
             await trio.lowlevel.checkpoint()
         elif not self.gone:
-            await self.wait_arrival()
+            await self.incoming.wait()
         if self.gone:
             raise ClientGone(self._why_gone)
-
-    async def wait_arrival(self) -> None:
-        """Wait until something arrives, be it the end."""
-        if self._arrival is None:
-            self._arrival = trio.Event()
-        await self._arrival.wait()
-
-    def _tell_arrival(self) -> None:
-        if self._arrival is not None:
-            self._arrival.set()
-            self._arrival = None
 
     async def ask_for_body(self) -> None:
         """Send 100 Continue to a client that waits for it (RFC 9110 10.1.1)."""
@@ -398,7 +329,7 @@ class MultiplexedStream(ABC):
         return True
 
     async def _inform(self, status: int, headers: HeaderPairs) -> None:
-        self.heads.append(response_fields(status, headers))
+        self.out.heads.append(response_fields(status, headers))
         await self.send(b"")
 
     async def switch(self, reason: bytes, headers: HeaderPairs) -> bytes:  # noqa: ARG002
@@ -409,12 +340,12 @@ class MultiplexedStream(ABC):
         """
         key = self._head.get(b"sec-websocket-key")
         accepted = [value for name, value in headers if name.lower() == b"sec-websocket-accept"]
-        if accepted != [_websocket_accept(key)]:
+        if accepted != [accept_of(key)]:
             raise TargetFailed("WebSocket handshake with a wrong Sec-WebSocket-Accept")
         fields = [pair for pair in headers if pair[0].lower() != b"sec-websocket-accept"]
         self._tunnelled = True
         self._begun(200, fields)
-        self.heads.append(response_fields(200, fields))
+        self.out.heads.append(response_fields(200, fields))
         await self.send(b"")
         return b""
 
@@ -440,7 +371,7 @@ class MultiplexedStream(ABC):
         if self._head.protocol and 200 <= status < 300:
             raise ProtocolError(f"status {status} in answer to a WebSocket handshake")
         self._begun(status, headers)
-        self.heads.append(response_fields(status, headers))
+        self.out.heads.append(response_fields(status, headers))
         return b""
 
     def _begun(self, status: int, headers: HeaderPairs) -> None:
@@ -451,18 +382,14 @@ class MultiplexedStream(ABC):
     def body(self, data: bytes) -> bytes:
         """Queue a part of the response's body."""
         if data:
-            self._queue(data)
+            self.out.add(data)
             self.sent += len(data)
         return b""
 
-    def _queue(self, data: bytes) -> None:
-        self._out.append(memoryview(data))
-        self._out_size += len(data)
-
     def end(self, trailers: HeaderPairs | None = None) -> bytes:
         """Queue the end of the response."""
-        self.ending = True
-        self.trailers_out = plain_fields(trailers) if trailers else []
+        self.out.ending = True
+        self.out.trailers = plain_fields(trailers) if trailers else []
         return b""
 
     async def send(self, data: bytes) -> None:
@@ -482,17 +409,11 @@ class MultiplexedStream(ABC):
             while self.has_output and not self.gone:
                 # Anew each time: a client that takes a little at a time has not stalled.
                 scope.deadline = trio.current_time() + stall
-                await self.wait_progress()
+                await self.out.wait()
         if self.gone:
             raise ClientGone(self._why_gone)
         if scope.cancelled_caught:
             raise ClientGone(Reason.CLIENT_STALLED)
-
-    async def wait_progress(self) -> None:
-        """Wait until some of the output was sent."""
-        if self._progress is None:
-            self._progress = trio.Event()
-        await self._progress.wait()
 
     async def answer(
         self, status: int, body: bytes, headers: HeaderPairs, *, close: bool = False
@@ -515,13 +436,7 @@ class MultiplexedStream(ABC):
             self.body(body)
         self.end()
         await self.send(b"")
-        self.sent = len(body)
         return self.received
-
-    def _drop_output(self) -> None:
-        self.heads.clear()
-        self._out.clear()
-        self._out_size = 0
 
     # The client's leaving: the connection tells, and that ends every wait.
 
@@ -545,16 +460,3 @@ class MultiplexedStream(ABC):
     def take_tunnelled(self) -> bytes:
         """Return what has arrived of another protocol."""
         return self._take_arrived()
-
-    def queue_tunnelled(self, data: bytes | memoryview) -> int:
-        """Queue what has to be sent of it and return how many bytes that was."""
-        part = bytes(data[: max(0, _MAX_QUEUED - self._out_size)])
-        if part:
-            self._queue(part)
-            self.submit()
-        return len(part)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no more of it can be queued."""
-        return self._out_size >= _MAX_QUEUED

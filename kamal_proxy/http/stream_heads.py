@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 #: What each field counts beside its name and value (RFC 9113 6.5.2, RFC 9114 4.2.2).
 FIELD_OVERHEAD: Final = 32
 
-_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+#: What a field's name may be (RFC 9113 8.2).
+NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 # A control character in a value ends it, or a line, for some reader; white space around it is no
 # part of it (RFC 9113 8.2.1).
@@ -31,8 +32,8 @@ _DIGITS = re.compile(rb"[0-9]{1,18}")
 _ASCII = bytes(range(128))
 
 _PSEUDO = frozenset({b":authority", b":method", b":path", b":protocol", b":scheme"})
-# RFC 9113 8.2.2, RFC 9114 4.2
-_CONNECTION_SPECIFIC = frozenset(
+#: What no stream carries (RFC 9113 8.2.2, RFC 9114 4.2).
+CONNECTION_SPECIFIC: Final = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 )
 _WEBSOCKET = b"websocket"
@@ -170,14 +171,14 @@ def response_fields(status: int, headers: HeaderPairs) -> HeaderPairs:
 def plain_fields(headers: HeaderPairs) -> HeaderPairs:
     """Return header fields, or trailers, as a stream carries them; see :func:`response_fields`."""
     fields = [(name.lower(), value) for name, value in headers]
-    return [field for field in fields if field[0] not in _CONNECTION_SPECIFIC]
+    return [field for field in fields if field[0] not in CONNECTION_SPECIFIC]
 
 
 def _check_field(name: bytes, value: bytes) -> None:
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise MalformedError(f"{_shown(name)} is no lower-case field name")
     _check_value(name, value)
-    if name in _CONNECTION_SPECIFIC or (name == b"te" and value.lower() != b"trailers"):
+    if name in CONNECTION_SPECIFIC or (name == b"te" and value.lower() != b"trailers"):
         raise MalformedError(f"{_shown(name)} belongs to a connection of HTTP/1.1")
 
 

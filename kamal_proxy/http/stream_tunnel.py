@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from kamal_proxy.http.multiplexed import MultiplexedStream
 
 
+_MAX_QUEUED = 64 * 1024  # bytes that wait for the client to open its window
+
+
 class StreamTunnelEnd:
     """A stream that carries another protocol: a ``tunnel.TunnelEnd``."""
 
@@ -31,29 +34,34 @@ class StreamTunnelEnd:
             self._check()
             if data := self._stream.take_tunnelled():
                 return data
-            if self._stream.ended:
+            if self._stream.incoming.ended:
                 return b""
-            await self._stream.wait_arrival()
+            await self._stream.incoming.wait()
 
     def send_nowait(self, data: bytes | memoryview) -> int:
         """Send what there is room for and return how many bytes that was."""
         self._check()
-        return self._stream.queue_tunnelled(data)
+        out = self._stream.out
+        part = bytes(data[: max(0, _MAX_QUEUED - out.size)])
+        if part:
+            out.add(part)
+            self._stream.submit()
+        return len(part)
 
     async def wait_writable(self) -> None:
         """Wait until there is room again."""
         self._check()
-        if not self._stream.is_full:
+        if self._stream.out.size >= _MAX_QUEUED:
+            await self._stream.out.wait()
+        else:
             await trio.lowlevel.checkpoint()
-            return
-        await self._stream.wait_progress()
 
     async def wait_readable(self) -> bool:
         """Wait until something has arrived, or the client is gone."""
         if self._stream.gone:
             await trio.lowlevel.checkpoint()
         else:
-            await self._stream.wait_arrival()
+            await self._stream.incoming.wait()
         return True
 
     def shutdown_write(self) -> None:

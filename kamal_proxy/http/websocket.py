@@ -1,9 +1,12 @@
-"""What of WebSocket the proxy itself says: the Close frames that end a relayed connection. Pure.
+"""What of WebSocket the proxy itself says: Close frames, and the answer to a key. Pure.
 
 Frames that only pass by are followed by ``_fastpath.FrameTracker``; messages are never read.
 """
 
 from __future__ import annotations
+
+from base64 import b64encode
+from hashlib import sha1
 
 GOING_AWAY = 1001  # RFC 6455 7.4.1: a server that goes down
 
@@ -13,6 +16,7 @@ _LONGEST_CONTROL = 125
 _LONGEST_REASON = _LONGEST_CONTROL - 2
 # RFC 6455 7.4.1: for programs to say among themselves, never in a frame.
 _NEVER_SENT = frozenset({1005, 1006, 1015})
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 
 
 def is_websocket(upgrade: bytes) -> bool:
@@ -22,6 +26,11 @@ def is_websocket(upgrade: bytes) -> bool:
     what a connection has become (RFC 9110 7.8).
     """
     return any(token.strip(b" \t").lower() == b"websocket" for token in upgrade.split(b","))
+
+
+def accept_of(key: bytes) -> bytes:
+    """Return the Sec-WebSocket-Accept that a Sec-WebSocket-Key wants (RFC 6455 4.2.2)."""
+    return b64encode(sha1(key + _GUID, usedforsecurity=False).digest())
 
 
 def close_frame(code: int, reason: bytes = b"") -> bytes:

@@ -6,22 +6,46 @@ Knows no network; what an authority has sent and can't be used raises ValueError
 from __future__ import annotations
 
 import base64
+import hashlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from acme import messages
+from acme import challenges, messages
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from josepy.json_util import field
 
 from kamal_proxy.errors import AcmeError, CertificateError
 from kamal_proxy.tls.certificates import parse_certificate
-from kamal_proxy.tls.challenges import key_pem
+from kamal_proxy.tls.challenges import TLS, key_pem
 from kamal_proxy.tls.schedule import Failure
 
 if TYPE_CHECKING:
     import requests
     from cryptography.hazmat.primitives.asymmetric import ec
+    from josepy.jwk import JWK
+
+
+@challenges.ChallengeResponse.register
+class TlsAlpn01Response(challenges.KeyAuthorizationChallengeResponse):
+    """What tells the authority that it can look."""
+
+    typ = TLS
+
+
+@challenges.Challenge.register
+class TlsAlpn01(challenges.KeyAuthorizationChallenge):
+    """The challenge to answer a handshake for the name with a certificate made for the purpose.
+
+    The library lacks it (RFC 8737).
+    """
+
+    response_cls = TlsAlpn01Response
+    typ = TLS
+
+    def validation(self, account_key: JWK, **_: Any) -> bytes:
+        """Return what the certificate has to contain: the digest of the key authorization."""
+        return hashlib.sha256(self.key_authorization(account_key).encode()).digest()
 
 
 class ReplacingOrder(messages.NewOrder):

@@ -2,7 +2,8 @@
 
 It blocks, in a thread of its own, and can be ended from outside at any moment. Before anything is
 ordered it is written down, so that no crash, and no crash loop, loses count. When the next attempt
-is made is the business of ``issuer``.
+is made is the business of ``issuer``. The ``acme`` library, and what it needs, takes 20 MiB and a
+moment to load: that is done where a thread begins to talk, for proxies that never do.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from kamal_proxy.errors import AcmeError, CertificateStoreError
-from kamal_proxy.tls.acme_client import Account, AcmeClient, Obtained
-from kamal_proxy.tls.acme_errors import UnknownAccountError, ValidationError, one_line
 from kamal_proxy.tls.certificates import Certificate, parse_certificate
 from kamal_proxy.tls.challenges import KINDS, key_pem
 from kamal_proxy.tls.schedule import Failure, Ledger, LedgerError, Permit, renewal_time
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kamal_proxy.options import AcmeOptions
+    from kamal_proxy.tls.acme_client import Account, AcmeClient, Obtained
     from kamal_proxy.tls.challenges import Answers
     from kamal_proxy.tls.store import CertificateStore
 
@@ -81,7 +81,9 @@ class Source:
             self.store.tidy()
 
     def client(self) -> AcmeClient:
-        """Begin a conversation with the authority."""
+        """Begin a conversation with the authority; the first time, this blocks."""
+        from kamal_proxy.tls.acme_client import AcmeClient
+
         ca_file = self._options.ca_file if self._is_default else ""
         return AcmeClient(self.directory, ca_file=ca_file, known=self._account)
 
@@ -250,6 +252,8 @@ class Attempt:
         return None if same else found
 
     def _order(self) -> Outcome:
+        from kamal_proxy.tls.acme_errors import ValidationError, one_line
+
         source, host = self._source, self._host
         reasons: list[str] = []
         kinds = list(KINDS)
@@ -290,6 +294,8 @@ class Attempt:
 
     def _obtain(self, kinds: list[str]) -> Obtained:
         """Talk to the authority, and once more if it has forgotten the account."""
+        from kamal_proxy.tls.acme_errors import UnknownAccountError
+
         source = self._source
         replaces = None
         if self._current is not None:
@@ -310,11 +316,13 @@ class Attempt:
         raise AssertionError("the second time returns or raises")
 
     def _begin(self) -> AcmeClient:
+        client = self._source.client()  # not under the guard, for which the event loop waits
         with self._guard:
-            if self._ended:
-                raise AcmeError("ended before it was done", kind=Failure.ENDED)
-            self._client = self._source.client()
-            return self._client
+            if not self._ended:
+                self._client = client
+                return client
+        client.close()
+        raise AcmeError("ended before it was done", kind=Failure.ENDED)
 
     def validating(self) -> None:
         """Write down that the authority will look at the host now."""

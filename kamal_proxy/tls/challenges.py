@@ -1,17 +1,15 @@
 """How a certificate authority is shown that a host is ours: the two challenges, and their answers.
 
-The ``acme`` library has HTTP-01 (RFC 8555 8.3) and lacks TLS-ALPN-01 (RFC 8737), which is added to
-it here. Answers are in memory, for this process, and in the store, for those that share it.
+Those are HTTP-01 (RFC 8555 8.3) and TLS-ALPN-01 (RFC 8737). Answers are in memory, for this
+process, and in the store, for those that share it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from acme import challenges
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,6 +19,7 @@ from kamal_proxy.tls.certificates import parse_certificate
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from acme.challenges import KeyAuthorizationChallenge
     from josepy.jwk import JWK
 
     from kamal_proxy.tls.certificates import Certificate
@@ -35,25 +34,6 @@ KINDS = (HTTP, TLS)
 _ACME_IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")
 _OCTET_STRING = 4  # the tag in DER
 _VALID_FOR = datetime.timedelta(days=7)
-
-
-@challenges.ChallengeResponse.register
-class TlsAlpn01Response(challenges.KeyAuthorizationChallengeResponse):
-    """What tells the authority that it can look."""
-
-    typ = TLS
-
-
-@challenges.Challenge.register
-class TlsAlpn01(challenges.KeyAuthorizationChallenge):
-    """The challenge to answer a handshake for the name with a certificate made for the purpose."""
-
-    response_cls = TlsAlpn01Response
-    typ = TLS
-
-    def validation(self, account_key: JWK, **_: Any) -> bytes:
-        """Return what the certificate has to contain: the digest of the key authorization."""
-        return hashlib.sha256(self.key_authorization(account_key).encode()).digest()
 
 
 def challenge_certificate(host: str, digest: bytes) -> tuple[bytes, bytes]:
@@ -119,7 +99,7 @@ class Answers:
         self,
         store: CertificateStore,
         host: str,
-        challenge: challenges.KeyAuthorizationChallenge,
+        challenge: KeyAuthorizationChallenge,
         account_key: JWK,
     ) -> Iterator[None]:
         """Answer a challenge meanwhile.
@@ -133,7 +113,7 @@ class Answers:
         Raises:
             CertificateStoreError: the answer can't be saved.
         """
-        if isinstance(challenge, TlsAlpn01):
+        if challenge.typ == TLS:
             digest = challenge.validation(account_key)
             files = challenge_certificate(host, digest)
             certificate = parse_certificate(*files)

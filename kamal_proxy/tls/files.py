@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kamal_proxy.errors import CertificateError
 from kamal_proxy.tls.certificates import load_certificate
-from kamal_proxy.tls.contexts import load_client_ca
+from kamal_proxy.tls.contexts import load_client_ca, server_context
 
 if TYPE_CHECKING:
     from kamal_proxy.options import ServiceOptions
@@ -53,6 +53,14 @@ class TlsFiles:
         """Whether clients need certificates, also while nothing can tell which are good."""
         return bool(self._client_ca_path)
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether all that the options name could be read, now or before."""
+        return not (
+            (self.has_own_certificate and self.certificate is None)
+            or (self.asks_clients and self.client_ca is None)
+        )
+
     def load(self) -> None:
         """Read the files; blocks.
 
@@ -66,6 +74,9 @@ class TlsFiles:
             certificate = load_certificate(self._certificate_path, self._private_key_path)
         if self._client_ca_path:
             client_ca = load_client_ca(self._client_ca_path)
+        if certificate is not None:
+            # OpenSSL has rules of its own, such as for the signatures in a chain.
+            server_context(certificate, client_ca=client_ca)
         self.certificate, self.client_ca = certificate, client_ca
         self._used = signature
 
@@ -113,7 +124,7 @@ class TlsFiles:
 def _look_at(path: str) -> tuple[int, int, int, int] | None:
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # no file, or no path
         return None
     # The time of the last change, not of the last writing: permissions may have been mended.
     return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns

@@ -6,11 +6,11 @@ denial is remembered for a while, and the questions have a rate that no flood ex
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
-import requests
 import trio
 
 from kamal_proxy.matching import is_dns_name
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kamal_proxy.logs import Log
     from kamal_proxy.tls.selection import Served
 
+ALLOWED = 200  # the only status that means yes
 TIMEOUT = 2.0  # seconds for an answer
 SHOWN = 256  # bytes of a denial's body in the log
 DENIAL_LASTS = 60.0  # seconds
@@ -123,7 +124,7 @@ class OnDemand:
         except (OSError, RuntimeError) as error:  # no connection, or no thread
             self._log.error("TLS on-demand: no answer", **fields, error=str(error))
             return False
-        if answer.status == 200:
+        if answer.status == ALLOWED:
             return True
         self._log.warning(
             "TLS on-demand: denied",
@@ -144,20 +145,34 @@ class _Question:
 
 def with_host(url: str, host: str) -> str:
     """Return a URL, or the path of one, with the host in its query."""
-    base, mark, query = url.partition("?")
+    base, mark, query = url.partition("#")[0].partition("?")
     return f"{base}?{query}&host={host}" if mark and query else f"{base}?host={host}"
 
 
 def _get(url: str, host: str) -> Answer:
     """Ask over the network; blocks. What is wrong with it is an OSError."""
+    # Here, because they take 8 MiB that most proxies do not need.
+    import requests
+    from urllib3.exceptions import HTTPError
+
     with requests.Session() as session:
         # The application is asked itself, with nobody's passwords.
         session.trust_env = False
         with session.get(
             with_host(url, host),
-            headers={"Host": host, "User-Agent": "kamal-proxy", "Accept": "*/*"},
+            headers={
+                "Host": host,
+                "User-Agent": "kamal-proxy",
+                "Accept": "*/*",
+                "Accept-Encoding": "identity",  # people read it in the log
+            },
             timeout=TIMEOUT,
             allow_redirects=False,
             stream=True,
         ) as response:
-            return Answer(response.status_code, response.raw.read(SHOWN))
+            body = b""
+            if response.status_code != ALLOWED:
+                # That it is incomplete changes nothing.
+                with contextlib.suppress(OSError, HTTPError):
+                    body = response.raw.read(SHOWN)
+            return Answer(response.status_code, body)

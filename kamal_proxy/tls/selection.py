@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from kamal_proxy.errors import CertificateError
+from kamal_proxy.matching import host_name
 from kamal_proxy.tls.contexts import ACME_ALPN, challenge_context, server_context
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ PROTOCOLS = ("h2", "http/1.1")
 ISSUE_PATIENCE = 10.0  # seconds that a handshake waits for a certificate that is being obtained
 
 _MAX_CONTEXTS = 2000
+# Of clients of TLS 1.2 that take no tickets, for which OpenSSL keeps 1 KiB each. It would keep
+# 20,480 in each context, and Python offers no way to tell it otherwise.
+_MAX_SESSIONS = 1000
 _VALIDATION = ACME_ALPN.encode()
 _OFFERED = frozenset(name.encode() for name in PROTOCOLS)
 
@@ -120,7 +125,10 @@ class Selection:
         certificate = self._at_hand(host, files)
         if certificate is None:
             certificate = await self._obtain(host, service)
-        return self._context(certificate, files.client_ca), files.client_ca
+        try:
+            return self._context(certificate, files.client_ca), files.client_ca
+        except CertificateError as error:
+            raise NoCertificateError("unusable certificate", Alert.INTERNAL_ERROR) from error
 
     def certificate_for(self, name: str) -> Certificate | None:
         """Return the certificate for a name if it is at hand and clients need none themselves."""
@@ -135,9 +143,10 @@ class Selection:
 
     def _asked(self, name: str) -> str:
         """Return the name that a client asks for; the address in a URL is none (RFC 6066 3)."""
-        if name and not name.strip("0123456789.") and self._routes().secure(name) is None:
-            return ""
-        return name
+        if not name or name.strip("0123456789."):
+            return name
+        service = self._routes().secure(name)
+        return name if service is not None and service.options.hosts else ""
 
     def _secure(self, name: str) -> tuple[Served, TlsFiles]:
         service = self._routes().secure(name)
@@ -164,6 +173,9 @@ class Selection:
                 certificate = await self._issuer.load(host, authority)
                 if certificate is None and not await self._on_demand.allows(service, host):
                     raise NoCertificateError("not allowed")
+            elif host not in map(host_name, service.options.hosts):
+                # Saved by a program that took this for every host: strangers would choose names.
+                raise NoCertificateError("not allowed")
             if certificate is None:
                 self._issuer.request(host, authority)
                 certificate = await self._issuer.wait(host)
@@ -174,11 +186,10 @@ class Selection:
     def _context(self, certificate: Certificate, client_ca: bytes | None) -> ssl.SSLContext:
         key = (certificate.pem, client_ca)
         context = self._contexts.get(key)
-        if context is None:
+        if context is None or context.session_stats()["number"] > _MAX_SESSIONS:
             context = server_context(certificate, client_ca=client_ca, alpn=PROTOCOLS)
             self._contexts[key] = context
             if len(self._contexts) > _MAX_CONTEXTS:
                 self._contexts.popitem(last=False)
-        else:
-            self._contexts.move_to_end(key)
+        self._contexts.move_to_end(key)
         return context

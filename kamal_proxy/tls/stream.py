@@ -246,6 +246,7 @@ class TlsStream(SocketStream):
             data = super().receive_nowait(max_bytes)
         except trio.BrokenResourceError as error:
             self._failure = str(error)
+            self._cut = True  # nobody is there to be told goodbye
             raise
         if data is None or len(data) < max_bytes:
             self._stirred = False  # all that comes now is an event of its own

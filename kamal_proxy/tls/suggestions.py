@@ -84,9 +84,13 @@ class Suggestions:
         if certificate is None or host.foreign:
             host.ask_at = math.inf
             return
-        client = host.authority.source.client()
+        client = None
         wait = _UNKNOWN
         try:
+            # In a thread, because the first time a library is loaded.
+            client = await trio.to_thread.run_sync(
+                host.authority.source.client, limiter=self._limiter
+            )
             pem = certificate.chain[0].public_bytes(Encoding.PEM)
             with trio.move_on_after(_LIMIT):
                 at, wait = await trio.to_thread.run_sync(
@@ -99,7 +103,8 @@ class Suggestions:
         except Exception as error:  # a bug must cost one answer, not all certificates
             self._log.error("Renewal can't be asked for", host=host.name, error=repr(error))
         finally:
-            client.end()
+            if client is not None:
+                client.end()
         if host.certificate is certificate:
             spread = random.uniform(0.9, 1.1)  # noqa: S311
             host.ask_at = self._clock() + min(max(wait, _LEAST), _MOST) * spread

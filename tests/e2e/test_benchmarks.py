@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import wrk
+from benchmarks import https_cpu, wrk
 from benchmarks.idle import answers, complete
 from benchmarks.processes import BenchmarkError, Running, family, need, running
 from benchmarks.udp.calls import FEW, OTHER_PORTS, ways_of
@@ -134,6 +134,37 @@ def test_an_idle_client_knows_a_good_answer(parts: list[bytes], good: bool) -> N
 def test_an_answer_of_unknown_length_stops_the_benchmark() -> None:
     with pytest.raises(BenchmarkError, match="without Content-Length"):
         complete(b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+# --- HTTPS ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [https_cpu.handshakes, https_cpu.http2])
+def test_a_load_without_one_success_stops_the_benchmark(
+    load: Callable[[Running, int, int], int], tmp_path: Path
+) -> None:
+    with socket.socket() as unheard:  # bound, but nobody listens
+        unheard.bind(("127.0.0.1", 0))
+        program = Running("it", 0, 0, tmp_path, tls_port=unheard.getsockname()[1])
+
+        with pytest.raises(BenchmarkError, match=r"(openssl|h2load) failed: ."):
+            load(program, 1, 1)
+
+
+def test_the_https_benchmark_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.https_cpu", "--smoke"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("nginx", "kamal_proxy", "plain, per request", "TLS, per request"):
+        assert part in done.stdout
+    for part in ("full handshake, per handshake", "HTTP/2, TLS, per request"):
+        assert part in done.stdout
 
 
 # --- datagrams -----------------------------------------------------------------------------------

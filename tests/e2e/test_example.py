@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from example.certificate import write_certificate
 from example.footprint import MIB, Growth, descriptors_of, memory_of
-from example.load import Request, instance_in
+from example.load import HOST, Request, instance_in, transport
 from example.verdict import Deploy, Switch, judge, percentile
 
 if TYPE_CHECKING:
@@ -185,6 +187,48 @@ def answer_once(listener: socket.socket, answer: bytes) -> None:
     with connection:
         connection.recv(65536)
         connection.sendall(answer)
+
+
+# How an HTTP/2 server ends a stream, and a connection (RFC 9113 6.4, 6.8), after its settings.
+SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
+RESET = b"\0\0\x04\x03\0\0\0\0\x01" + bytes(4)
+GOAWAY = b"\0\0\x08\x07\0\0\0\0\0" + bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "said", "error"),
+    [
+        ("http/1.1", b"", "does not speak HTTP/2"),
+        ("h2", b"", "closed the connection"),
+        ("h2", SETTINGS + RESET, "sent StreamReset"),
+        ("h2", SETTINGS + GOAWAY, "sent ConnectionTerminated"),
+        ("h2", bytes(9), "ProtocolError"),  # DATA on stream 0
+    ],
+)
+def test_load_over_http_2_sees_through_a_bad_answer(
+    tmp_path: Path, protocol: str, said: bytes, error: str
+) -> None:
+    files = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    write_certificate(HOST, *files)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    context.set_alpn_protocols([protocol])
+
+    def serve(listener: socket.socket) -> None:
+        with context.wrap_socket(listener.accept()[0], server_side=True) as connection:
+            if protocol == "h2":
+                connection.recv(65536)
+                connection.sendall(said)
+                connection.shutdown(socket.SHUT_WR)
+            connection.recv(65536)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        served = threading.Thread(target=serve, args=(listener,))
+        served.start()
+        client = transport(listener.getsockname()[1], 1, str(files[0]))
+        with closing(client), pytest.raises(OSError, match=error):
+            client.get("/")
+        served.join()
 
 
 def test_a_body_without_an_instance_is_no_answer() -> None:
@@ -376,6 +420,16 @@ def test_demo_fails_with_a_leaking_proxy(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "The proxy's memory grew by " in done.stdout
     assert re.search(r"The proxy left \d+ descriptors open", done.stdout)
+
+
+def test_demo_over_https() -> None:
+    proxy = Path(sys.executable).with_name("kamal-proxy")
+    flags = ["--switches=1", "--steady=0.5", "--boot-seconds=0", "--port=0", "--max-growth=99"]
+    done = run_demo(proxy, *flags, "--tls")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "proxy on https://localhost:" in done.stdout
+    assert "Every request was answered by an instance that was allowed to." in done.stdout
 
 
 def test_demo_says_why_a_proxy_does_not_start(tmp_path: Path) -> None:

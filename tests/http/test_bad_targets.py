@@ -684,7 +684,8 @@ async def test_responses_come_back_to_their_own_clients(
     async with trio.open_nursery() as nursery:
         for number in range(20):
             nursery.start_soon(check, number)
-    assert len(upstream.peers) <= 20
+    # Of 400 requests: connections are used again, as long as they were busy a second ago.
+    assert len(upstream.peers) <= 100
     upstream._next.clear()
     await proxy.proxy.remove("web")
     await proxy.wait_streams(0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
+from kamal_proxy.http.exchange import Exchange
+from kamal_proxy.http.h2_connection import H2Connection
+from kamal_proxy.http.h2_stream import H2Stream
 from kamal_proxy.options import ServiceOptions, TargetOptions
 from kamal_proxy.state import SavedPause
 from tests.http.streams import HELLO, open_world, read_head
@@ -603,3 +608,24 @@ async def test_the_server_takes_no_more_streams_than_it_may_have(world: Open) ->
         stream = await other.request()
         await other.ping()
         assert other.answers[stream].reset is None
+
+
+async def test_nothing_of_a_connection_waits_for_the_garbage_collector(world: Open) -> None:
+    """What TLS has in memory for it is large, and the collector does not know that."""
+    async with world() as running:
+        gc.collect()
+        gc.disable()
+        try:
+            client = await open_h2(running)
+            await client.get()
+            assert (kept(H2Connection), kept(Exchange)) == (1, 0)
+            running.server.close_idle(trio.current_time() + 10)
+            await running.server.wait_closed()
+            await wait_all_tasks_blocked()
+            assert (kept(H2Connection), kept(H2Stream), kept(Exchange)) == (0, 0, 0)
+        finally:
+            gc.enable()
+
+
+def kept(kind: type) -> int:
+    return sum(isinstance(each, kind) for each in gc.get_objects())

@@ -51,6 +51,7 @@ def feed(guard: FrameGuard, data: bytes, now: float = 0.0) -> list[bytes]:
     return list(guard.frames(now))
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.integers(0, 40), max_size=9))
 def test_frames_come_out_whole_however_they_arrive(cuts: list[int]) -> None:
     frames = [frame(PING, b"12345678"), frame(DATA, b"abc", stream=1), frame(0x77, bytes(20))]
@@ -196,6 +197,7 @@ def test_a_budget_comes_back_with_time_up_to_its_burst() -> None:
     assert not budget.take(1, 200.0)
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=300))
 def test_totality(data: bytes) -> None:
     for guard in (FrameGuard(100, 0.0), begun()):

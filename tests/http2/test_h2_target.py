@@ -16,8 +16,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.http import h2_target
 from kamal_proxy.http.codec import ProtocolError
+from kamal_proxy.http.h2_codec import MAX_TARGET_FRAME as MAX_FRAME
 from kamal_proxy.http.h2_outbox import MAX_BACKLOG
-from kamal_proxy.http.h2_target import MAX_FRAME, H2TargetConnection
+from kamal_proxy.http.h2_target import H2TargetConnection
 from tests.pairs import running_poller
 
 if TYPE_CHECKING:

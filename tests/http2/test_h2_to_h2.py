@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from h2.settings import SettingCodes
 
-from kamal_proxy.http.h2_target import WINDOW
+from kamal_proxy.http.h2_codec import TARGET_WINDOW as WINDOW
 from tests.http.streams import open_world
 from tests.http2.clients import open_h2
 from tests.http2.targets import Asked, H2Peer, answer, on_stream, use_h2c

@@ -59,6 +59,9 @@ def has(answer: Answer, count: int) -> bool:
     return len(answer.body) == count
 
 
+_FLOOD = b'kamal_proxy_http_floods_total{protocol="HTTP/2",reason="%b"} 1'
+
+
 async def flood(client: H2Client, data: bytes, times: int = 40) -> None:
     """Send again and again, reading what comes, until the server has had enough."""
 
@@ -100,6 +103,7 @@ async def test_a_flood_ends_the_connection(world: Open, unit: bytes) -> None:
         assert client.goaways[-1][1] == CALM
         (warning,) = running.lines.of("HTTP/2 connection closed")
         assert "too many" in warning["error"]
+        assert _FLOOD % b"frames" in running.server.metrics.render("")[0]
         await client.stream.aclose()
         while running.server.connections:
             await wait_all_tasks_blocked()
@@ -189,6 +193,8 @@ async def test_a_small_block_that_stands_for_a_large_head_ends_the_connection(wo
         await client.stream.send_all(frame(HEADERS, bomb, 5, 1))
         await client.wait_closed()
         assert client.goaways[-1][1] == CALM
+        assert len(running.lines.of("HTTP/2 connection closed")) == 1
+        assert _FLOOD % b"head" in running.server.metrics.render("")[0]
         assert running.targets == []
 
 

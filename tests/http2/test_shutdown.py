@@ -9,8 +9,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.http.streams import HELLO, open_world, read_head
+from tests.http.streams import HELLO, open_world, read_all, read_head
 from tests.http2.clients import open_h2
+from tests.http2.test_websocket import CONNECT, key_of
+from tests.websockets import accept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,3 +144,33 @@ async def test_what_takes_too_long_is_answered_with_503(world: Open) -> None:
         await client.stream.aclose()
         await running.server.wait_closed()
     assert running.logged[0]["reason"] == "shutdown"
+
+
+@pytest.mark.parametrize("what", ["request", "upload", "websocket"])
+async def test_what_is_cancelled_meanwhile_is_not_waited_for(world: Open, what: str) -> None:
+    reached, left = trio.Event(), trio.Event()
+
+    async def answer(stream: trio.SocketStream) -> None:
+        head = await read_head(stream)
+        if what == "websocket":
+            await stream.send_all(accept(key_of(head)))
+        reached.set()
+        await read_all(stream)
+        left.set()
+
+    async with world(answer) as running:
+        client = await open_h2(running)
+        if what == "websocket":
+            stream = await client.send_fields(CONNECT, end=False)
+            await client.wait(lambda: client.answers[stream].fields)
+        else:
+            stream = await client.request(method=b"PUT", body=b"x", end=what == "request")
+        await reached.wait()
+        running.server.close_idle(trio.current_time() + 3600)
+        await client.wait(lambda: client.goaways)
+        await client.reset(stream)
+        await client.wait_closed()
+        await left.wait()
+        await running.server.wait_closed()
+    status, reason = (200, None) if what == "websocket" else (499, "client_gone")
+    assert [(line["status"], line.get("reason")) for line in running.logged] == [(status, reason)]

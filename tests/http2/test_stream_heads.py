@@ -266,6 +266,7 @@ ANY = st.tuples(
 )
 
 
+@pytest.mark.fuzz
 @given(st.lists(ANY, max_size=9), st.booleans(), st.booleans())
 def test_what_passes_is_one_request_to_http_1(given: Fields, ended: bool, complete: bool) -> None:
     """Whatever comes, a head that is accepted says to the target exactly what was read."""

@@ -145,7 +145,7 @@ async def test_a_closed_window_holds_the_target_up(world: Open) -> None:
         await trio.testing.wait_all_tasks_blocked(0.05)
         (connection,) = running.server._connections
         assert isinstance(connection, H2Connection)
-        assert 0 < connection._streams[stream].queued <= 64 * 1024
+        assert 0 < connection._streams[stream].out.size <= 64 * 1024
         await client.reset(stream)
 
 

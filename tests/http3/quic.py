@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import socket
 import ssl
 from contextlib import asynccontextmanager
@@ -148,6 +149,23 @@ class Quic:
         await self.wait(lambda: self.closing_code is not None)
         assert self.closing_code is not None
         return self.closing_code
+
+
+def losing(share: float) -> Callable[[str, bytes], bool]:
+    """Return a ``drop`` that loses a share of the datagrams.
+
+    Never more than two in a row in one direction: each that is lost in a row doubles what a peer
+    waits before it tries again, and bad luck would last longer than a test may.
+    """
+    rng = random.Random(1)
+    row = {"in": 0, "out": 0}
+
+    def drop(way: str, _data: bytes) -> bool:
+        lost = row[way] < 2 and rng.random() < share
+        row[way] = row[way] + 1 if lost else 0
+        return lost
+
+    return drop
 
 
 def configuration(name: str = "example.com", ca: bytes = b"", **options: Any) -> QuicConfiguration:

@@ -16,6 +16,7 @@ from kamal_proxy.http.h3_codec import H3Error, RequestReader, Section, ServerCod
 NUMBERS = st.integers(0, 2**62 - 1)
 
 
+@pytest.mark.fuzz
 @given(NUMBERS)
 def test_numbers(value: int) -> None:
     written = h3_codec.varint(value)
@@ -35,6 +36,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
+@pytest.mark.fuzz
 @given(
     st.binary(max_size=100),
     st.lists(st.binary(max_size=50), max_size=5),
@@ -61,6 +63,7 @@ def test_a_request_in_any_pieces(
     assert b"".join(part for part in found[1:] if isinstance(part, bytes)) == b"".join(body)
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.binary(max_size=40), max_size=5))
 def test_any_request_stream(parts: list[bytes]) -> None:
     reader = RequestReader(20)
@@ -91,6 +94,7 @@ def test_no_trailers_behind_a_tunnel() -> None:
     assert caught.value.code == h3_codec.FRAME_UNEXPECTED
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.tuples(st.sampled_from([2, 6, 10]), st.binary(max_size=30), st.booleans())))
 def test_any_other_streams(received: list[tuple[int, bytes, bool]]) -> None:
     codec = ServerCodec(1000)
@@ -106,6 +110,7 @@ def test_any_other_streams(received: list[tuple[int, bytes, bool]]) -> None:
                 assert stream_id not in codec._begins
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=60))
 def test_any_field_section(block: bytes) -> None:
     with contextlib.suppress(H3Error):

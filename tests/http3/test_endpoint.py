@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +12,7 @@ from aioquic.quic.packet import QuicProtocolVersion
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from kamal_proxy.http import h3_endpoint, h3_packets, h3_quic
-from tests.http3.quic import Quic, configuration, open_quic
+from tests.http3.quic import Quic, configuration, losing, open_quic
 from tests.http3.serving import authority, certificate, open_endpoint
 
 if TYPE_CHECKING:
@@ -137,11 +136,7 @@ async def test_no_early_data_is_offered() -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
 async def test_lost_packets_are_sent_again(share: float) -> None:
-    rng = random.Random(1)
-
-    def drop(_way: str, _data: bytes) -> bool:
-        return rng.random() < share
-
+    drop = losing(share)
     async with open_endpoint() as served, open_quic(served.server, drop=drop) as client:
         await echo(client, os.urandom(30_000))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from typing import TYPE_CHECKING
 
 import h11
@@ -14,6 +13,7 @@ from kamal_proxy.http import h3_connection
 from kamal_proxy.options import TargetOptions
 from tests.http.streams import HELLO, open_world, read_all, read_head, stay_silent
 from tests.http3.clients import open_front
+from tests.http3.quic import losing
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -146,16 +146,12 @@ async def test_buffered_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 async def test_lost_packets_cost_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = random.Random(1)
-
-    def drop(_way: str, _data: bytes) -> bool:
-        return rng.random() < 0.1
-
     body = os.urandom(50_000)
     async with open_world(tmp_path, monkeypatch, echo) as world, open_front(world) as front:
         client = await front.connect()
-        client.drop = drop
+        client.drop = losing(0.1)
         assert (await client.get(method=b"POST", body=body)).body == body
+        client.drop = lambda _way, _data: False  # its farewell is sent once only
 
 
 async def test_the_target_sees_what_http1_would_have_said(

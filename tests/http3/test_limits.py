@@ -9,7 +9,7 @@ import pytest
 import trio
 from aioquic.h3.connection import encode_frame
 
-from kamal_proxy.http import h3_connection, h3_link, h3_quic
+from kamal_proxy.http import h2_guard, h3_connection, h3_link, h3_quic
 from tests.http.streams import open_world, read_head, stay_silent
 from tests.http3.clients import open_front
 
@@ -330,7 +330,9 @@ async def test_rapid_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             if asked % 20 == 0:
                 await client.ping()
         assert client.closing_code == EXCESSIVE_LOAD
-        assert asked < 2 * h3_connection._RESET_BURST
+        assert asked < 2 * h2_guard._RESET_BURST
+        counted = b'kamal_proxy_http_floods_total{protocol="HTTP/3",reason="cancelled"} 1'
+        assert counted in world.server.metrics.render("")[0]
         while world.server.connections:
             await trio.lowlevel.checkpoint()
         # The rest was cancelled before a target was asked.

@@ -862,7 +862,7 @@ def test_the_digest_is_that_of_the_key_authorization() -> None:
     from acme.challenges import Challenge
     from josepy.jwk import JWKEC
 
-    from kamal_proxy.tls.challenges import TlsAlpn01
+    from kamal_proxy.tls.acme_messages import TlsAlpn01
 
     key = make_key("ec")
     assert isinstance(key, ec.EllipticCurvePrivateKey)

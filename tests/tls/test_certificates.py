@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import os
 import subprocess
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from kamal_proxy.errors import CertificateError
 from kamal_proxy.tls.certificates import Certificate, load_certificate, parse_certificate
+from kamal_proxy.tls.pem import UnusableError, parse_certificates, parse_key
 from tests.certificates import (
     Authority,
     Issued,
@@ -551,3 +553,35 @@ def test_changed_certificates_and_keys(changes: list[tuple[int, int]], certifica
         return
     found.warnings(0.0)
     found.matches("app.test")
+
+
+LINES = [
+    b"-----BEGIN CERTIFICATE-----",
+    b"-----END CERTIFICATE-----",
+    b"-----BEGIN PRIVATE KEY-----",
+    b"-----END PRIVATE KEY-----",
+    b"-----BEGIN EC PRIVATE KEY-----",
+    b"-----BEGIN EC PARAMETERS-----",
+    b"-----BEGIN ENCRYPTED PRIVATE KEY-----",
+    b"Proc-Type: 4,ENCRYPTED",
+    b"",
+    b"AAAA",
+    b"=",
+    ISSUED.chain_pem,
+    ISSUED.key_pem,
+    b"\n".join(ISSUED.chain_pem.splitlines()[1:-1]),
+    b"\n".join(ISSUED.key_pem.splitlines()[1:-1]),
+]
+FILES = st.lists(st.sampled_from(LINES) | st.binary(max_size=20), max_size=8).map(b"\n".join)
+
+
+@pytest.mark.fuzz
+@at_least(200)
+@given(FILES, FILES)
+def test_any_files(chain: bytes, key: bytes) -> None:
+    with contextlib.suppress(CertificateError):
+        parse_certificate(chain, key)
+    with contextlib.suppress(UnusableError):
+        parse_certificates(key)
+    with contextlib.suppress(UnusableError):
+        parse_key(chain)

@@ -16,6 +16,10 @@ from kamal_proxy import services
 from kamal_proxy.errors import CertificateError, InvalidOptionsError
 from kamal_proxy.options import ServiceOptions
 from kamal_proxy.proxy_protocol import encode_v2
+from kamal_proxy.tls import files as tls_files
+from kamal_proxy.tls import selection
+from kamal_proxy.tls.certificates import certificate_error
+from kamal_proxy.tls.files import TlsFiles
 from tests.certificates import make_ca, self_signed
 from tests.running import open_command, open_embedded, open_instance
 from tests.scripted import (
@@ -161,7 +165,13 @@ async def test_a_part_of_a_host_shares_its_certificate(
     await proxy.deploy(api)
     async with open_secure(proxy.https_port, "a.test", TRUSTING) as client:
         assert (await client.get("/api/x", "a.test")).status == 200
+        # It was not deployed with TLS itself, and so believes what its clients say.
+        believing = await client.get("/api/x", "a.test", "X-Forwarded-For: 192.0.2.9\r\n")
+        assert believing.status == 200
+        await client.get("/x", "a.test", "X-Forwarded-For: 192.0.2.9\r\n")
     assert (await proxy.lines.wait_requests(1))[0]["service"] == "api"
+    shown = [request.get(b"x-forwarded-for") for request in upstream.requests[1:]]
+    assert shown == [[f"192.0.2.9, {LOCALHOST}".encode()], [LOCALHOST.encode()]]
 
 
 async def test_plain_http_on_the_port(
@@ -263,6 +273,34 @@ def _resumed(
         return session or secure.session
 
 
+async def test_sessions_of_clients_without_tickets_are_few(
+    proxy: Embedded,
+    upstream: Upstream,
+    files: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selection, "_MAX_SESSIONS", 3)
+    context = client_context(AUTHORITY)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_TICKET
+    await proxy.deploy(options(upstream, files, "a.test"))
+
+    def connect(session: ssl.SSLSession | None) -> tuple[ssl.SSLSession | None, bool | None]:
+        with (
+            socket.create_connection((LOCALHOST, proxy.https_port)) as plain,
+            context.wrap_socket(plain, server_hostname="a.test", session=session) as secure,
+        ):
+            found = secure.session, secure.session_reused
+            secure.unwrap()  # else the server does not keep it
+            return found
+
+    first, _ = await trio.to_thread.run_sync(connect, None)
+    assert (await trio.to_thread.run_sync(connect, first))[1]
+    for _ in range(4):
+        assert not (await trio.to_thread.run_sync(connect, None))[1]
+    assert not (await trio.to_thread.run_sync(connect, first))[1]
+
+
 async def test_a_balancer_introduces_its_clients_before_tls(
     upstream: Upstream, files: tuple[str, str]
 ) -> None:
@@ -312,6 +350,54 @@ async def test_a_deploy_with_bad_files_changes_nothing(
     )
     async with open_secure(proxy.https_port, "a.test", TRUSTING) as client:
         assert (await client.get("/", "a.test")).status == 200
+
+
+async def test_a_chain_that_openssl_refuses_is_refused_at_the_deploy(
+    proxy: Embedded, upstream: Upstream, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which ones it refuses is its own matter: such as those with signatures by SHA-1."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise certificate_error("OpenSSL refuses a.test: ca md too weak")
+
+    monkeypatch.setattr(tls_files, "server_context", refuse)
+    with pytest.raises(CertificateError, match="unable to load certificate"):
+        await proxy.deploy(options(upstream, files, "a.test"))
+    assert proxy.proxy.services() == []
+
+
+async def test_no_path_is_no_file(proxy: Embedded, upstream: Upstream) -> None:
+    with pytest.raises(CertificateError) as caught:
+        await proxy.deploy(options(upstream, ("a\0b", "a\0b"), "a.test"))
+    assert "not a path" in caught.value.details[0]
+
+
+async def test_a_look_at_files_that_goes_wrong(
+    proxy: Embedded,
+    upstream: Upstream,
+    files: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It costs neither the proxy nor the other services."""
+    monkeypatch.setattr(services, "TLS_FILES_INTERVAL", 0.01)
+    refresh = TlsFiles.refresh
+
+    def fail(self: TlsFiles) -> bool:
+        if self.certificate is not None and self.certificate.matches("z.test"):
+            raise RuntimeError("can't start new thread")
+        return refresh(self)
+
+    other = AUTHORITY.issue("z.test").write(tmp_path, "z")
+    await proxy.deploy(options(upstream, other, "z.test", name="z"))
+    await proxy.deploy(options(upstream, files, "a.test", name="a"))
+    monkeypatch.setattr(TlsFiles, "refresh", fail)
+    line = await proxy.lines.wait_for_message("Certificate can't be looked at")
+    assert (line["service"], "new thread" in line["error"]) == ("z", True)
+    new = AUTHORITY.issue("a.test", "new.test").write(tmp_path, "new")
+    os.replace(new[0], files[0])
+    os.replace(new[1], files[1])
+    await proxy.lines.wait_for_message("Certificate reloaded")
 
 
 async def test_tls_needs_an_https_port(upstream: Upstream, files: tuple[str, str]) -> None:
@@ -365,6 +451,11 @@ async def test_a_missing_file_at_a_restart_costs_that_service_only(
             "Service is not served over HTTPS until its files can be used"
         )
         assert (line["level"], line["service"]) == ("ERROR", "a")
+        # It is not as if there was something that goes on being used.
+        again = await proxy.lines.wait_for(
+            lambda other: other is not line and other["level"] == "ERROR"
+        )
+        assert again["msg"] == line["msg"]
         assert "no such file" in json.dumps(line).lower()
         async with open_secure(proxy.https_port, "z.test", TRUSTING) as client:
             assert (await client.get("/", "z.test")).status == 200
@@ -427,6 +518,52 @@ async def test_clients_must_have_a_certificate(
     await proxy.deploy(api)
     async with open_secure(proxy.https_port, "open.test", TRUSTING) as client:
         assert (await client.get("/api", "a.test")).status == 421
+
+
+async def test_a_part_of_several_hosts_is_as_closed_as_each_of_them(
+    proxy: Embedded, upstream: Upstream, files: tuple[str, str], tmp_path: Path
+) -> None:
+    """What is open on one host must not lead into the other."""
+    (tmp_path / "ca.pem").write_bytes(make_ca("guests").pem)
+    closed = options(upstream, files, "a.test", tls_client_ca_path=str(tmp_path / "ca.pem"))
+    await proxy.deploy(closed)
+    open_files = AUTHORITY.issue("open.test").write(tmp_path, "open")
+    await proxy.deploy(options(upstream, open_files, "open.test", name="open"))
+    await proxy.deploy(options(upstream, None, "plain.test", name="plain"))
+    hosts = ("plain.test", "open.test", "a.test")
+    await proxy.deploy(options(upstream, None, *hosts, name="api", path_prefixes=("/api",)))
+    async with open_secure(proxy.https_port, "open.test", TRUSTING) as client:
+        statuses = [(await client.get("/api", host)).status for host in hosts]
+    assert statuses == [503, 200, 421]
+    for host, status in zip(hosts, (200, 301, 301), strict=True):
+        async with open_client(proxy.port) as plain:
+            assert (await plain.get("/api", host)).status == status
+
+
+async def test_other_authorities_need_another_connection(
+    proxy: Embedded,
+    upstream: Upstream,
+    files: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client of the old ones must not be refused for as long as its connection lasts."""
+    monkeypatch.setattr(services, "TLS_FILES_INTERVAL", 0.01)
+    guests, ca_file = make_ca("guests"), tmp_path / "ca.pem"
+    ca_file.write_bytes(guests.pem)
+    await proxy.deploy(options(upstream, files, "a.test", tls_client_ca_path=str(ca_file)))
+    guest = client_context(
+        AUTHORITY, client=guests.issue("guest", client=True), directory=str(tmp_path)
+    )
+    async with open_secure(proxy.https_port, "a.test", guest) as client:
+        assert (await client.get("/", "a.test")).status == 200
+        (tmp_path / "new.pem").write_bytes(guests.pem + make_ca("others").pem)
+        os.replace(tmp_path / "new.pem", ca_file)
+        await proxy.lines.wait_for_message("Certificate reloaded")
+        assert (await client.get("/", "a.test")).status == 421
+        assert await client.receive_eof() == b""
+    async with open_secure(proxy.https_port, "a.test", guest) as client:
+        assert (await client.get("/", "a.test")).status == 200
 
 
 async def test_client_certificates_and_plain_http_exclude_each_other(

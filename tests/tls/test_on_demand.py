@@ -125,6 +125,35 @@ async def test_urls_that_lead_nowhere(tmp_path: Path, upstream: Upstream) -> Non
             await proxy.lines.wait_for_message("TLS on-demand: no answer")
 
 
+@pytest.mark.parametrize("external", [False, True], ids=["through the service", "by URL"])
+@pytest.mark.parametrize("status", [200, 403])
+async def test_a_body_that_never_ends(tmp_path: Path, external: bool, status: int) -> None:
+    """Who says yes need not say more, and a no that breaks off is a no."""
+    asked: list[bytes] = []
+
+    async def begin(peer: Any) -> None:
+        asked.append((await peer.receive_request()).target)
+        head = b"HTTP/1.1 %d X\r\nTransfer-Encoding: chunked\r\n\r\n" % status
+        await peer.send(head + (b"" if status == 200 else b"zz\r\n"))
+        if status == 200:
+            await peer.receive_eof()
+
+    async with (
+        open_upstream(begin) as upstream,
+        open_embedded(https_port=0, data_directory=tmp_path) as proxy,
+    ):
+        url = f"http://{upstream.target}/x#part" if external else "/x#part"
+        await proxy.deploy(options(upstream, url))
+        assert await refused(proxy, "a.test") == (status != 200)
+        assert asked == [b"/x?host=a.test"]
+        told = [
+            (line["msg"], line.get("status"))
+            for line in proxy.lines.all
+            if "on-demand" in line["msg"]
+        ]
+        assert told == ([] if status == 200 else [("TLS on-demand: denied", 403)])
+
+
 @attrs.define(eq=False)
 class Application:
     """Answers questions as it is told, and remembers them."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +28,7 @@ NOW = 1_800_000_000.0
 STAGING = "https://acme-staging-v02.api.letsencrypt.org/directory"
 HOST = "app.example.com"
 CA = make_ca()
+ISSUED = CA.issue(HOST, days=3650)
 
 
 def issue(*names: str, **options: Any) -> Issued:
@@ -43,6 +45,11 @@ def put(store: CertificateStore, name: str, content: bytes) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> CertificateStore:
     return CertificateStore(tmp_path / "data" / "certs", "")
+
+
+@pytest.fixture(scope="module")
+def one_store(tmp_path_factory: pytest.TempPathFactory) -> CertificateStore:
+    return CertificateStore(tmp_path_factory.mktemp("certs"), "")
 
 
 # The layout
@@ -181,6 +188,22 @@ def test_any_text_is_looked_for(name: str) -> None:
     store = CertificateStore("/nonexistent", "")
     assert store.token(name) is None
     assert store.challenge(name) is None
+
+
+@pytest.mark.fuzz
+@given(st.data())
+def test_any_files_are_loaded_or_refused(one_store: CertificateStore, data: st.DataObject) -> None:
+    part = st.sampled_from([ISSUED.key_pem, ISSUED.chain_pem, b"-----BEGIN CERTIFICATE-----\n"])
+    content = st.lists(part | st.binary(max_size=9), max_size=4).map(b"".join)
+    for name in (HOST, f"{HOST}+rsa", f"{HOST}+token"):
+        put(one_store, name, data.draw(content))
+    for load in (partial(one_store.load, HOST, NOW), partial(one_store.challenge, HOST)):
+        try:
+            found = load()
+        except CertificateStoreError:
+            continue
+        assert found is not None
+        assert found.matches(HOST)
 
 
 # What is not as it should be
