@@ -57,6 +57,7 @@ class UdpSettings(Settings):
     session_seconds: float
     slow_connections: int = attrs.field(default=0, init=False)
     slow_seconds: float = attrs.field(default=0.0, init=False)
+    tls: bool = attrs.field(default=False, init=False)
 
 
 @attrs.define(eq=False, kw_only=True)
