@@ -19,26 +19,17 @@
  * NEWCOMERS sources that each send one datagram, evenly among the requests, and wait for nothing
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
 #include <poll.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <time.h>
 
-#define BATCH 64
-#define DATAGRAM 65536
-#define SOCKET_BUFFER (4 << 20)
+#define ROOM (65536 + 192) /* for a datagram */
+#include "batches.h"
+
 #define SESSIONS 65536
 #define SESSION_ADDRESSES 0x7f100000u  /* 127.16.0.0 */
 #define NEWCOMER_ADDRESSES 0x7f200000u /* 127.32.0.0 */
 #define MAGIC 0x6b616d616c756470ull
 #define NEWCOMER UINT64_MAX /* in the place of a request's number */
-#define MILLISECOND 1000000ull
 #define LOST_AFTER (1000 * MILLISECOND)
 #define STALLED_AFTER (5000 * MILLISECOND)
 /* Requests between the oldest open one and the newest: one that is lost must not hold up others. */
@@ -50,18 +41,6 @@
 struct header {
 	uint64_t magic, number, sent;
 	uint32_t session, length;
-};
-
-/* Room for a batch of datagrams, their peers' addresses and the local ones. */
-struct batch {
-	struct mmsghdr messages[BATCH];
-	struct iovec parts[BATCH];
-	struct sockaddr_in peers[BATCH];
-	union {
-		struct cmsghdr head;
-		char room[CMSG_SPACE(sizeof(struct in_pktinfo))];
-	} local[BATCH];
-	char bytes[BATCH][DATAGRAM + 192];
 };
 
 /* A request, at its number modulo NUMBERS. */
@@ -92,81 +71,6 @@ static uint32_t latency[BUCKETS];
 static int in_flight;
 static struct run run;
 static struct counts counts;
-
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t now(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1000 * MILLISECOND + time.tv_nsec;
-}
-
-static int open_socket(uint32_t address, int port)
-{
-	struct sockaddr_in local = {.sin_family = AF_INET, .sin_port = htons(port)};
-	int size = SOCKET_BUFFER, on = 1, fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-
-	local.sin_addr.s_addr = htonl(address);
-	if (fd < 0 || bind(fd, (struct sockaddr *)&local, sizeof(local)) < 0)
-		die("UDP port");
-	/* The forced size may go beyond the limit, but needs a privilege. */
-	if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0 &&
-	    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size)) < 0)
-		die("SO_RCVBUF");
-	if (setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof(on)) < 0)
-		die("IP_PKTINFO");
-	return fd;
-}
-
-static void prepare(struct batch *batch)
-{
-	int at;
-
-	for (at = 0; at < BATCH; at++) {
-		batch->parts[at] = (struct iovec){batch->bytes[at], DATAGRAM};
-		batch->messages[at].msg_hdr = (struct msghdr){
-			.msg_name = &batch->peers[at],
-			.msg_namelen = sizeof(batch->peers[at]),
-			.msg_iov = &batch->parts[at],
-			.msg_iovlen = 1,
-			.msg_control = &batch->local[at],
-			.msg_controllen = sizeof(batch->local[at]),
-		};
-	}
-}
-
-static int receive(int fd, struct batch *batch)
-{
-	int at, got;
-
-	for (at = 0; at < BATCH; at++) {
-		batch->parts[at].iov_len = DATAGRAM;
-		batch->messages[at].msg_hdr.msg_controllen = sizeof(batch->local[at]);
-	}
-	got = recvmmsg(fd, batch->messages, BATCH, MSG_DONTWAIT, NULL);
-	if (got < 0 && errno != EAGAIN && errno != EINTR)
-		die("recvmmsg");
-	return got < 0 ? 0 : got;
-}
-
-static void send_batch(int fd, struct batch *batch, int count)
-{
-	int at, sent;
-
-	for (at = 0; at < count; at += sent) {
-		sent = sendmmsg(fd, batch->messages + at, count - at, 0);
-		if (sent < 0 && errno != EINTR)
-			die("sendmmsg");
-		if (sent < 0)
-			sent = 0;
-	}
-}
 
 /* Send back what came; the kernel's note of the local address becomes the one to answer from. */
 static int serve_echo(void)
@@ -403,7 +307,7 @@ int main(int argc, char **argv)
 		    run.sessions < 1 || run.sessions > SESSIONS || run.window < 1 ||
 		    run.window > SESSIONS || run.newcomers > SESSIONS ||
 		    run.payload < (int)(sizeof(struct header) + sizeof(uint64_t)) ||
-		    run.payload > DATAGRAM) {
+		    run.payload > 65536) {
 			fprintf(stderr, "not a run: %s", line);
 			return 2;
 		}

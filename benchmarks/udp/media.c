@@ -19,26 +19,17 @@
  * PACKETS            how many to send
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
 #include <poll.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
-#include <sys/socket.h>
-#include <time.h>
 
-#define BATCH 64
-#define EVENTS 256
 #define ROOM 2048 /* for a datagram; what is sent has 172 bytes */
-#define SOCKET_BUFFER (4 << 20)
+#include "batches.h"
+
+#define EVENTS 256
 #define CALLS 65536
 #define SERVER_ADDRESS 0x7f000002u /* 127.0.0.2 */
 #define CALL_ADDRESSES 0x7f100000u /* 127.16.0.0 */
-#define MILLISECOND 1000000ull
 #define LOST_AFTER (1000 * MILLISECOND)
 #define STALLED_AFTER (5000 * MILLISECOND)
 /* RFC 3550 5.1: version 2, no padding, extension or CSRC. RFC 3551: payload type 0 is PCMU. */
@@ -62,17 +53,6 @@ struct packet {
 	};
 };
 _Static_assert(sizeof(struct packet) == 12 + SAMPLES, "an RTP header and its payload");
-
-struct batch {
-	struct mmsghdr messages[BATCH];
-	struct iovec parts[BATCH];
-	struct sockaddr_in peers[BATCH];
-	union {
-		struct cmsghdr head;
-		char room[CMSG_SPACE(sizeof(struct in_pktinfo))];
-	} local[BATCH];
-	char bytes[BATCH][ROOM];
-};
 
 struct call {
 	uint64_t number; /* of the packet that is on its way */
@@ -101,37 +81,6 @@ static int in_flight;
 static struct run run;
 static struct counts counts;
 
-static void die(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static uint64_t now(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1000 * MILLISECOND + time.tv_nsec;
-}
-
-static int open_socket(uint32_t address, int port)
-{
-	struct sockaddr_in local = {.sin_family = AF_INET, .sin_port = htons(port)};
-	int size = SOCKET_BUFFER, on = 1, fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-
-	local.sin_addr.s_addr = htonl(address);
-	if (fd < 0 || bind(fd, (struct sockaddr *)&local, sizeof(local)) < 0)
-		die("UDP port");
-	/* The forced size may go beyond the limit, but needs a privilege. */
-	if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size)) < 0 &&
-	    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size)) < 0)
-		die("SO_RCVBUF");
-	if (setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof(on)) < 0)
-		die("IP_PKTINFO");
-	return fd;
-}
-
 static void open_server(int first, int ports)
 {
 	struct epoll_event event = {.events = EPOLLIN};
@@ -144,49 +93,6 @@ static void open_server(int first, int ports)
 		event.data.fd = open_socket(SERVER_ADDRESS, first + at);
 		if (epoll_ctl(poller, EPOLL_CTL_ADD, event.data.fd, &event) < 0)
 			die("epoll_ctl");
-	}
-}
-
-static void prepare(struct batch *batch)
-{
-	int at;
-
-	for (at = 0; at < BATCH; at++) {
-		batch->parts[at] = (struct iovec){batch->bytes[at], ROOM};
-		batch->messages[at].msg_hdr = (struct msghdr){
-			.msg_name = &batch->peers[at],
-			.msg_namelen = sizeof(batch->peers[at]),
-			.msg_iov = &batch->parts[at],
-			.msg_iovlen = 1,
-			.msg_control = &batch->local[at],
-			.msg_controllen = sizeof(batch->local[at]),
-		};
-	}
-}
-
-static int receive(int fd, struct batch *batch)
-{
-	int at, got;
-
-	for (at = 0; at < BATCH; at++) {
-		batch->parts[at].iov_len = ROOM;
-		batch->messages[at].msg_hdr.msg_controllen = sizeof(batch->local[at]);
-	}
-	got = recvmmsg(fd, batch->messages, BATCH, MSG_DONTWAIT, NULL);
-	if (got < 0 && errno != EAGAIN && errno != EINTR)
-		die("recvmmsg");
-	return got < 0 ? 0 : got;
-}
-
-static void send_batch(int fd, struct batch *batch, int count)
-{
-	int at, sent;
-
-	for (at = 0; at < count; at += sent) {
-		sent = sendmmsg(fd, batch->messages + at, count - at, 0);
-		if (sent < 0 && errno != EINTR)
-			die("sendmmsg");
-		sent = sent < 0 ? 0 : sent;
 	}
 }
 
