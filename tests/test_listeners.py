@@ -263,7 +263,8 @@ async def test_a_backlog_does_not_keep_others_from_their_turn(poller: Poller, pa
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
     assert len(served) == 3 * listeners._ACCEPTS_PER_TURN
-    assert min(served) <= listeners._ACCEPTS_PER_TURN
+    # Which of the tasks that wait for their turn has it first is up to Trio.
+    assert min(served) <= 2 * listeners._ACCEPTS_PER_TURN
 
 
 async def test_a_connection_is_closed_when_its_handler_ends_or_is_cancelled(
