@@ -344,12 +344,15 @@ def test_nothing_is_kept_of_relays() -> None:
                     driver.turn()
 
     rounds = max(ROUNDS // 500, 50)
-    live(rounds)  # the heap grows once, in between what other tests have freed
-    before = open_descriptors()
-    _, memory = occupied()
     live(rounds)
-    _, memory_after = occupied()
-    assert memory_after - memory < 1 << 20
+    before = open_descriptors()
+    growths = []
+    for _ in range(3):
+        _, memory = occupied()
+        live(rounds)
+        growths.append(occupied()[1] - memory)
+    # The heap grows now and then, in between what other tests have freed; a leak always does.
+    assert min(growths) < 1 << 20
     assert open_descriptors() == before
 
 
