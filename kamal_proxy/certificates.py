@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import trio
+
 from kamal_proxy.control.messages import CertificateDescription
 from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.matching import host_name
@@ -15,13 +17,12 @@ from kamal_proxy.tls.contexts import load_client_ca
 from kamal_proxy.tls.hosts import Authority
 from kamal_proxy.tls.issuer import Issuer
 from kamal_proxy.tls.on_demand import OnDemand
+from kamal_proxy.tls.reloading import watch_files
 from kamal_proxy.tls.schedule import refusal
 from kamal_proxy.tls.selection import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import trio
 
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
@@ -61,13 +62,16 @@ class Certificates:
         path = options.certificates_path
         self._path = "" if path is None else str(path)
         self._routes = routes
+        self._log = log
         self._needed = options.https_port is not None
         self._issuer = Issuer(options.acme, log, metrics)
         self.selection = Selection(routes, self._issuer, OnDemand(ask, log), self._authority)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Obtain and renew certificates until cancelled."""
-        await self._issuer.run(task_status=task_status)
+        """Obtain and renew certificates, and reload those in files, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_files, lambda: self._routes().secured, self._log)
+            await self._issuer.run(task_status=task_status)
 
     def require_possible(self, options: ServiceOptions) -> None:
         """Raise InvalidOptionsError if a service with these options could not use TLS."""
@@ -86,14 +90,14 @@ class Certificates:
 
     def want(self, routes: RoutingTable) -> None:
         """Take note of a new routing table: obtain what it needs, and no more than that."""
+        if not self._needed:
+            return
         self._issuer.set_wanted(
             {
                 host_name(host): self._authority(service.options)
-                for service in routes
-                if service.tls is not None and not service.tls.has_own_certificate
-                if "/" in service.options.path_prefixes
+                for service in routes.secured
+                if not service.options.tls_certificate_path
                 for host in service.options.hosts
-                if self._needed
             }
         )
 
@@ -111,9 +115,8 @@ class Certificates:
         """Describe all certificates, sorted by host."""
         own = (
             _describe(service.tls.certificate, service.options.hosts)
-            for service in self._routes()
+            for service in self._routes().secured
             if service.tls is not None and service.tls.has_own_certificate
-            if "/" in service.options.path_prefixes
         )
         return sorted((*own, *self._issuer.describe()), key=lambda each: each.host)
 

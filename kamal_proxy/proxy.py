@@ -10,6 +10,7 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from kamal_proxy import listeners, state_format
@@ -61,6 +62,15 @@ _EXIT_TIME = 0.5
 _MAX_OTHER_CONNECTIONS = 1000
 
 
+@attrs.frozen
+class _Parts:
+    """What a proxy consists of, once it runs."""
+
+    services: AllServices
+    web: Web
+    certificates: Certificates
+
+
 class Proxy:
     """A zero-downtime proxy.
 
@@ -78,14 +88,12 @@ class Proxy:
         self._started = False
         self._stop = trio.Event()
         self._metrics = Metrics()
-        self._services: AllServices | None = None
-        self._web: Web | None = None
-        self._certificates: Certificates | None = None
+        self._parts: _Parts | None = None
 
     def __repr__(self) -> str:
-        if self._services is None or self._web is None:
+        if self._parts is None:
             return "<Proxy not running>"
-        return f"<Proxy http_port={self._web.http_port} services={len(self.services())}>"
+        return f"<Proxy http_port={self.http_port} services={len(self.services())}>"
 
     # Running
 
@@ -123,7 +131,7 @@ class Proxy:
             def connect(host: str, port: int, scheme: TargetScheme) -> Pool:
                 return new_pool(poller, host, port, scheme, options.max_head_size)
 
-            certificates = self._certificates = Certificates(
+            certificates = Certificates(
                 options,
                 lambda: services.routes,
                 ApplicationAsker(lambda: services.routes),
@@ -150,8 +158,8 @@ class Proxy:
                 metrics=self._metrics,
             )
             restored, udp_restored = services.restore(), udp.restore()
-            web = self._web = stack.enter_context(
-                Web(options, lambda: services.routes, certificates, self._log, self._metrics)
+            web = Web(
+                options, lambda: services.routes, certificates, self._log, self._metrics, stack
             )
             scraped = []
             if options.metrics_port:
@@ -165,9 +173,10 @@ class Proxy:
                 async with trio.open_nursery() as deployments:
                     await services.start(deployments, restored)
                     await udp.start(deployments, udp_restored)
-                    self._services = everything = AllServices(services, udp, self._log)
+                    everything = AllServices(services, udp, self._log)
+                    self._parts = parts = _Parts(everything, web, certificates)
                     try:
-                        await self._serve(web, scraped, control, poller, task_status)
+                        await self._serve(parts, scraped, control, poller, task_status)
                     finally:
                         everything.close()
                         udp.save_sessions()
@@ -187,31 +196,29 @@ class Proxy:
     @property
     def http_port(self) -> int:
         """The port that HTTP is served on, also when the kernel chose it."""
-        return self._running_web().http_port
+        return self._running().web.http_port
 
     @property
     def https_port(self) -> int:
         """The port that HTTPS is served on, also when the kernel chose it; 0 if it is not."""
-        return self._running_web().https_port
+        return self._running().web.https_port
 
     async def _serve(
         self,
-        web: Web,
+        parts: _Parts,
         scraped: list[socket.socket],
         control: socket.socket | None,
         poller: Poller,
         task_status: trio.TaskStatus[Proxy],
     ) -> None:
-        options, services, certificates = self.options, self._services, self._certificates
-        assert services is not None
-        assert certificates is not None
+        options, services, web = self.options, parts.services, parts.web
         # Each nursery's deadline also holds for those inside it, hence this order.
         async with trio.open_nursery() as clients:
             async with trio.open_nursery() as callers, trio.open_nursery() as operations:
                 async with trio.open_nursery() as acceptors:
                     acceptors.start_soon(web.accept, poller, clients)
                     if control is not None:
-                        server = ControlServer(services, certificates, operations, self._log)
+                        server = ControlServer(services, parts.certificates, operations, self._log)
                         acceptors.start_soon(
                             self._accept_some, server.handle, "Admin API", control, poller, callers
                         )
@@ -260,59 +267,55 @@ class Proxy:
         self, options: DeployOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
         """Deploy a service; see :meth:`kamal_proxy.services.Services.deploy`."""
-        return await self._running().deploy(options, progress)
+        return await self._running().services.deploy(options, progress)
 
     async def deploy_udp(
         self, options: UdpDeployOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
         """Deploy a UDP service; see :meth:`kamal_proxy.udp.services.UdpServices.deploy`."""
-        return await self._running().deploy_udp(options, progress)
+        return await self._running().services.deploy_udp(options, progress)
 
     async def remove(self, name: str) -> None:
         """Remove a service; see :meth:`kamal_proxy.all_services.AllServices.remove`."""
-        await self._running().remove(name)
+        await self._running().services.remove(name)
 
     async def pause(
         self, name: str, options: PauseOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
         """Pause a service; see :meth:`kamal_proxy.all_services.AllServices.pause`."""
-        return await self._running().pause(name, options, progress)
+        return await self._running().services.pause(name, options, progress)
 
     async def stop_service(
         self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
         """Stop a service; see :meth:`kamal_proxy.all_services.AllServices.stop_service`."""
-        return await self._running().stop_service(name, options, progress)
+        return await self._running().services.stop_service(name, options, progress)
 
     async def resume(self, name: str) -> None:
         """Resume a service; see :meth:`kamal_proxy.all_services.AllServices.resume`."""
-        await self._running().resume(name)
+        await self._running().services.resume(name)
 
     async def deploy_rollout(
         self, name: str, options: RolloutOptions, progress: Callable[[Event], None] | None = None
     ) -> DrainResult:
         """Deploy rollout targets; see :meth:`kamal_proxy.services.Services.deploy_rollout`."""
-        return await self._running().deploy_rollout(name, options, progress)
+        return await self._running().services.deploy_rollout(name, options, progress)
 
     async def set_rollout(self, name: str, split: RolloutSplit) -> None:
         """Choose whom they serve; see :meth:`kamal_proxy.services.Services.set_rollout`."""
-        await self._running().set_rollout(name, split)
+        await self._running().services.set_rollout(name, split)
 
     async def stop_rollout(self, name: str) -> None:
         """Let them serve nobody; see :meth:`kamal_proxy.services.Services.stop_rollout`."""
-        await self._running().stop_rollout(name)
+        await self._running().services.stop_rollout(name)
 
     def certificates(self) -> list[CertificateDescription]:
         """Describe the certificates of services with TLS, sorted by host."""
-        self._running()
-        assert self._certificates is not None
-        return self._certificates.describe()
+        return self._running().certificates.describe()
 
     async def renew_certificate(self, host: str) -> None:
         """Obtain a new certificate for a host now; see ``Certificates.renew``."""
-        self._running()
-        assert self._certificates is not None
-        await self._certificates.renew(host)
+        await self._running().certificates.renew(host)
 
     def metrics(self, accept: str = "") -> tuple[bytes, bytes]:
         """Return the metrics and their content type, as ``/metrics`` would for this Accept."""
@@ -320,17 +323,12 @@ class Proxy:
 
     def services(self) -> list[ServiceDescription]:
         """Describe all services, sorted by name."""
-        return self._running().describe()
+        return self._running().services.describe()
 
-    def _running_web(self) -> Web:
-        if self._web is None:
+    def _running(self) -> _Parts:
+        if self._parts is None:
             raise ShuttingDownError("the proxy is not running")
-        return self._web
-
-    def _running(self) -> AllServices:
-        if self._services is None:
-            raise ShuttingDownError("the proxy is not running")
-        return self._services
+        return self._parts
 
 
 @asynccontextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Protocol
 
 from kamal_proxy.errors import CertificateError, ErrorPagesError
 from kamal_proxy.service import Pages, Service
 from kamal_proxy.tls.files import TlsFiles
+from kamal_proxy.tls.reloading import tell_doubts, tell_unusable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from kamal_proxy.logs import Log
     from kamal_proxy.options import HealthCheckOptions
     from kamal_proxy.state import SavedService
-
-NOT_USABLE = "Service is not served over HTTPS until its files can be used"
 
 
 class NewDeployment(Protocol):
@@ -93,17 +91,6 @@ def _tls(saved: SavedService, log: Log) -> TlsFiles | None:
         files.load()
     except CertificateError as error:
         # The others must not suffer; this one is served again once the files can be used.
-        log.error(
-            NOT_USABLE,
-            service=saved.name,
-            error=str(error),
-            details=error.details,
-        )
+        tell_unusable(saved.name, files, error, log)
     tell_doubts(saved.name, files, log)
     return files
-
-
-def tell_doubts(service: str, files: TlsFiles, log: Log) -> None:
-    """Log what a service's clients may not like about its certificate."""
-    if doubts := files.doubts(time.time()):
-        log.warning("Certificate may be refused by clients", service=service, details=doubts)

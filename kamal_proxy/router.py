@@ -24,7 +24,7 @@ EVERY_HOST = ""
 class RoutingTable:
     """All services at one moment. Never changed: :meth:`with_service` makes another."""
 
-    __slots__ = ("_bindings", "_first_secure", "_roots", "_services")
+    __slots__ = ("_bindings", "_roots", "_services", "secured")
 
     def __init__(self, services: Mapping[str, Service] | None = None) -> None:
         services = dict(services or {})
@@ -35,11 +35,11 @@ class RoutingTable:
             if "/" in service.options.path_prefixes
             for host in _host_keys(service)
         }
-        # One that takes every host has no certificate before somebody asks for a name.
-        secure = [service for service in services.values() if service.options.tls_enabled]
-        secure = [service for service in secure if "/" in service.options.path_prefixes]
-        self._first_secure = next(
-            (service for service in secure if service.options.hosts), next(iter(secure), None)
+        #: Those that have TLS settings, which others may inherit.
+        self.secured = tuple(
+            service
+            for service in services.values()
+            if service.options.tls_enabled and "/" in service.options.path_prefixes
         )
         resolved = {}
         for service in services.values():
@@ -98,7 +98,9 @@ class RoutingTable:
                 service with TLS.
         """
         if not host:
-            return self._first_secure
+            # One that takes every host has no certificate before somebody asks for a name.
+            named = (service for service in self.secured if service.options.hosts)
+            return next(named, self.secured[0] if self.secured else None)
         root = _root_for(host, self._roots)
         return root if root is not None and root.options.tls_enabled else None
 

@@ -16,18 +16,18 @@ import trio
 from kamal_proxy.balancer import split_point
 from kamal_proxy.deployment import Deployment, DrainResult, Target
 from kamal_proxy.errors import (
-    CertificateError,
     ResumedError,
     RolloutNotSetError,
     ServiceNotFoundError,
     ShuttingDownError,
 )
 from kamal_proxy.reports import Report, not_healthy
-from kamal_proxy.restoring import NOT_USABLE, restored, tell_doubts
+from kamal_proxy.restoring import restored
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Pages, Service
 from kamal_proxy.state import SavedPause, SavedRollout
 from kamal_proxy.tls.files import TlsFiles
+from kamal_proxy.tls.reloading import tell_doubts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 R = TypeVar("R")
 
-TLS_FILES_INTERVAL = 5.0  # seconds between two looks at the files of certificates
 _MAX_LOADS = 4  # directories of error pages and certificates that are read at once
 
 
@@ -118,7 +117,6 @@ class Services:
                 await nursery.start(deployment.run)
         self._show(RoutingTable({service.name: service for service in restored}))
         self._nursery = nursery
-        nursery.start_soon(self._watch_tls_files)
 
     def close(self) -> None:
         """Take no further changes; deploys that have not switched yet fail."""
@@ -549,34 +547,6 @@ class Services:
         return await trio.to_thread.run_sync(
             load, what, abandon_on_cancel=True, limiter=self._loading
         )
-
-    async def _watch_tls_files(self) -> None:
-        """Notice files of certificates that were replaced, until cancelled."""
-        while True:
-            await trio.sleep(TLS_FILES_INTERVAL)
-            for service in self.routes:
-                # The others on a host have the files of its root's.
-                if service.tls is None or "/" not in service.options.path_prefixes:
-                    continue
-                try:
-                    changed = await self._load(TlsFiles.refresh, service.tls)
-                except CertificateError as error:
-                    self._log.error(
-                        "Certificate can't be used; what was read before still is"
-                        if service.tls.is_usable
-                        else NOT_USABLE,
-                        service=service.name,
-                        error=str(error),
-                        details=error.details,
-                    )
-                except Exception as error:  # such as no thread; must not cost the others
-                    self._log.error(
-                        "Certificate can't be looked at", service=service.name, error=repr(error)
-                    )
-                else:
-                    if changed:
-                        self._log.info("Certificate reloaded", service=service.name)
-                        tell_doubts(service.name, service.tls, self._log)
 
     # Describing and restoring
 

@@ -233,7 +233,7 @@ class Life:
             self.deployments.update(service.deployments)
 
     def _routes(self) -> RoutingTable:
-        http = self.proxy.proxy._running()._http
+        http = self.proxy.proxy._running().services._http
         assert isinstance(http, Services)
         return http.routes
 

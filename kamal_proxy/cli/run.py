@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import attrs
 from cyclopts import Parameter
 
 from kamal_proxy.cli.arguments import (
@@ -39,7 +40,7 @@ from kamal_proxy.options import (
 
 T = TypeVar("T")
 
-_DEFAULTS = RunOptions()
+_DEFAULTS = RunOptions(https_port=HTTPS_PORT)
 _ACME = AcmeOptions()
 
 
@@ -245,9 +246,9 @@ def _setting(
         return getattr(options, field)
     try:
         value = kind.parse(text)
-        if options is _DEFAULTS and field != "http3":
-            # On its own, so that the error can name the variable.
-            RunOptions(**{field: value}).validate()
+        if options is _DEFAULTS:
+            # On its own, so that the error can name the variable. Those of ACME depend on others.
+            attrs.evolve(_DEFAULTS, **{field: value}).validate()
     except (ValueError, KamalProxyError) as error:
         raise InvalidOptionsError(f"invalid value {quote(text)} for {variable}: {error}") from None
     return value

@@ -12,6 +12,7 @@ import trio
 
 from kamal_proxy.http import pages
 from kamal_proxy.http.codec import whole_response
+from kamal_proxy.http.endpoint import TEXT
 from kamal_proxy.http.introduction import introduced
 from kamal_proxy.sockets import READ_SIZE, drop
 from kamal_proxy.tls import hello
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 REPORT_INTERVAL = 60.0  # seconds between two lines about failed handshakes
 _MAX_ADDRESSES = 1000  # that are told apart between two lines
+_PLAIN_HTTP = whole_response(
+    400,
+    pages.reason(400),
+    [(b"Content-Type", TEXT)],
+    b"Client sent an HTTP request to an HTTPS server.\n",
+)
 
 
 class HttpsFront:
@@ -116,7 +123,8 @@ class HttpsFront:
             tls = await handshake(stream, context, data, server_name=client_hello.server_name)
         except hello.HelloError as error:
             self._fail("plain HTTP" if error.is_http else "not TLS", address)
-            await self._refuse(stream, plain=error.is_http)
+            if error.is_http:
+                await self._say(stream, _PLAIN_HTTP)
         except NoCertificateError as error:
             self._fail(error.reason, address)
             await self._say(stream, alert(error.alert))
@@ -139,12 +147,6 @@ class HttpsFront:
                 return None
             data += more
         return found, data
-
-    async def _refuse(self, stream: SocketStream, *, plain: bool) -> None:
-        if plain:
-            body = b"Client sent an HTTP request to an HTTPS server.\n"
-            headers = [(b"Content-Type", b"text/plain; charset=utf-8")]
-            await self._say(stream, whole_response(400, pages.reason(400), headers, body))
 
     async def _say(self, stream: SocketStream, data: bytes) -> None:
         """Send the last words to a client that gets no connection."""

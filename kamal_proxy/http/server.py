@@ -149,7 +149,7 @@ class HttpServer:
         poller: Poller,
         nursery: trio.Nursery,
         limiter: trio.Semaphore,
-        handle: Handle | None = None,
+        handle: Handle,
     ) -> None:
         """Accept connections on all listeners into ``nursery`` until cancelled.
 
@@ -158,7 +158,7 @@ class HttpServer:
             poller: Poller of the streams.
             nursery: Where the connections live.
             limiter: Says how many there may be; shared with other servers.
-            handle: What takes each of them, if not :meth:`handle`.
+            handle: What takes each of them.
         """
 
         def paused(error: OSError) -> None:
@@ -168,7 +168,7 @@ class HttpServer:
             await listeners.accept(
                 listener,
                 poller,
-                handle or self.handle,
+                handle,
                 nursery=nursery,
                 limiter=limiter,
                 on_error=paused,

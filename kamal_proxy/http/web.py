@@ -19,7 +19,6 @@ from kamal_proxy.http.server import HttpServer, connection_limit
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
-    from typing import Self
 
     from kamal_proxy.certificates import Certificates
     from kamal_proxy.logs import Log
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from kamal_proxy.sockets import Poller
 
 
-class Web(contextlib.ExitStack):
-    """The web servers of a proxy; a context manager that binds their ports and closes them.
+class Web:
+    """The web servers of a proxy.
 
     Args:
         options: Ports, timeouts and limits.
@@ -38,9 +37,11 @@ class Web(contextlib.ExitStack):
         certificates: Those of the services.
         log: Where requests are logged.
         metrics: Where they are counted.
+        stack: Their ports are bound at once, until it is closed.
 
-    ``__enter__`` raises ListenError for a port that can't be bound, and InvalidOptionsError if
-    HTTP/3 is wanted and its package is missing.
+    Raises:
+        ListenError: a port can't be bound.
+        InvalidOptionsError: HTTP/3 is wanted, and its package is missing.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Web(contextlib.ExitStack):
         certificates: Certificates,
         log: Log,
         metrics: Metrics,
+        stack: contextlib.ExitStack,
     ) -> None:
-        super().__init__()
         self._options = options
         self._routes = routes
         self._certificates = certificates
@@ -61,22 +62,13 @@ class Web(contextlib.ExitStack):
         self._bound: list[tuple[HttpServer, list[socket.socket]]] = []
         self._front: HttpsFront | None = None
         self._http3: http3.Http3Server | None = None
-
-    def __enter__(self) -> Self:
-        """Bind the ports."""
-        options = self._options
-        super().__enter__()
-        with contextlib.ExitStack() as undo:
-            undo.push(self)
-            self._bind("http", options.http_port)
-            if options.https_port is not None:
-                https = self._bind("https", options.https_port)
-                self._front = HttpsFront(https, self._certificates.selection)
-                if options.http3:
-                    self._bind_quic(https)
-            undo.pop_all()
+        self._bind("http", options.http_port, stack)
+        if options.https_port is not None:
+            https = self._bind("https", options.https_port, stack)
+            self._front = HttpsFront(https, certificates.selection)
+            if options.http3:
+                self._bind_quic(https, stack)
         self._register_gauges()
-        return self
 
     @property
     def http_port(self) -> int:
@@ -88,8 +80,8 @@ class Web(contextlib.ExitStack):
         """The port that HTTPS is served on; 0 if it is not."""
         return self._bound[1][0].port if len(self._bound) > 1 else 0
 
-    def _bind(self, scheme: str, port: int) -> HttpServer:
-        sockets = listen(self._options, port, self)
+    def _bind(self, scheme: str, port: int, stack: contextlib.ExitStack) -> HttpServer:
+        sockets = listen(self._options, port, stack)
         server = HttpServer(
             self._options,
             self._routes,
@@ -103,10 +95,10 @@ class Web(contextlib.ExitStack):
         self._bound.append((server, sockets))
         return server
 
-    def _bind_quic(self, https: HttpServer) -> None:
+    def _bind_quic(self, https: HttpServer, stack: contextlib.ExitStack) -> None:
         sockets = http3.listen(self._options.bind, https.port)
         for sock in sockets:
-            self.enter_context(contextlib.closing(sock))
+            stack.enter_context(contextlib.closing(sock))
         https.alt_svc = http3.alt_svc(https.port)
         self._http3 = http3.Http3Server(
             https,

@@ -54,6 +54,11 @@ class TlsFiles:
         return bool(self._client_ca_path)
 
     @property
+    def names_files(self) -> bool:
+        """Whether there is any file to be read."""
+        return self.has_own_certificate or self.asks_clients
+
+    @property
     def is_usable(self) -> bool:
         """Whether all that the options name could be read, now or before."""
         return not (

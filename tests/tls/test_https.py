@@ -12,12 +12,11 @@ import attrs
 import pytest
 import trio
 
-from kamal_proxy import services
 from kamal_proxy.errors import CertificateError, InvalidOptionsError
 from kamal_proxy.options import ServiceOptions
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.tls import files as tls_files
-from kamal_proxy.tls import selection
+from kamal_proxy.tls import reloading, selection
 from kamal_proxy.tls.certificates import certificate_error
 from kamal_proxy.tls.files import TlsFiles
 from tests.certificates import make_ca, self_signed
@@ -380,7 +379,7 @@ async def test_a_look_at_files_that_goes_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It costs neither the proxy nor the other services."""
-    monkeypatch.setattr(services, "TLS_FILES_INTERVAL", 0.01)
+    monkeypatch.setattr(reloading, "INTERVAL", 0.01)
     refresh = TlsFiles.refresh
 
     def fail(self: TlsFiles) -> bool:
@@ -414,7 +413,7 @@ async def test_changed_files_are_used(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(services, "TLS_FILES_INTERVAL", 0.01)
+    monkeypatch.setattr(reloading, "INTERVAL", 0.01)
     await proxy.deploy(options(upstream, files, "a.test"))
     async with open_secure(proxy.https_port, "a.test", TRUSTING) as old:
         new = AUTHORITY.issue("a.test", "new.test")
@@ -439,7 +438,7 @@ async def test_changed_files_are_used(
 async def test_a_missing_file_at_a_restart_costs_that_service_only(
     upstream: Upstream, files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "TLS_FILES_INTERVAL", 0.01)
+    monkeypatch.setattr(reloading, "INTERVAL", 0.01)
     other = AUTHORITY.issue("z.test").write(tmp_path, "z")
     run: dict[str, Any] = {"https_port": 0, "data_directory": tmp_path / "data"}
     async with open_embedded(**run) as proxy:
@@ -548,7 +547,7 @@ async def test_other_authorities_need_another_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A client of the old ones must not be refused for as long as its connection lasts."""
-    monkeypatch.setattr(services, "TLS_FILES_INTERVAL", 0.01)
+    monkeypatch.setattr(reloading, "INTERVAL", 0.01)
     guests, ca_file = make_ca("guests"), tmp_path / "ca.pem"
     ca_file.write_bytes(guests.pem)
     await proxy.deploy(options(upstream, files, "a.test", tls_client_ca_path=str(ca_file)))
