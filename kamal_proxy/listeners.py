@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import socket
 import stat
 from typing import TYPE_CHECKING, TypeAlias
 
+import attrs
+import outcome
 import trio
 
 from kamal_proxy.errors import ControlSocketError, ListenError
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from kamal_proxy.sockets import Poller, SocketStream
 
 Address: TypeAlias = tuple[str, int]
+Begin: TypeAlias = "Callable[[SocketStream, Address], None]"
+Handle: TypeAlias = "Callable[[SocketStream, Address], Awaitable[None]]"
 
 BACKLOG = 4096
 
@@ -164,91 +169,155 @@ def _remove_stale_socket(path: Path) -> None:
     )
 
 
-async def accept(
-    listener: socket.socket,
-    poller: Poller,
-    handle: Callable[[SocketStream, Address], Awaitable[None]],
-    *,
-    nursery: trio.Nursery,
-    limiter: trio.Semaphore,
-    on_error: Callable[[OSError], None],
-) -> None:
-    """Accept connections until cancelled, each handled by its own task of ``nursery``.
+@attrs.frozen
+class Clients:
+    """The connections that were accepted: where they live, and how many there may be.
 
-    Args:
-        listener: A listening, non-blocking socket; the caller closes it.
-        poller: Poller of the streams.
-        handle: Called with each stream and the client's address; it must not raise, and the
-            stream is closed after it.
-        nursery: Where the connections live.
-        limiter: Acquired for each connection, released when it ends. Several listeners may share
-            one: while none of them has a connection to accept, none of them holds it.
-        on_error: Told why accepting pauses (out of descriptors, of memory), but not more often
-            than every few seconds.
+    Attributes:
+        nursery: Where their tasks are.
+        limiter: Acquired for each of them, released when it ends. Several listeners may share one:
+            while none of them has a connection to accept, none of them holds it.
     """
 
-    async def serve(stream: SocketStream, address: Address) -> None:
+    nursery: trio.Nursery
+    limiter: trio.Semaphore
+
+    def serve(self, handle: Handle, stream: SocketStream, address: Address) -> None:
+        """Let a connection have a task of its own.
+
+        Args:
+            handle: Called with the stream and the client's address; it must not raise, and the
+                stream is closed after it.
+            stream: The connection.
+            address: The client's.
+        """
+        self.nursery.start_soon(self._serve, handle, stream, address)
+
+    async def _serve(self, handle: Handle, stream: SocketStream, address: Address) -> None:
         try:
             await handle(stream, address)
         finally:
-            stream.close()
-            limiter.release()
+            self.leave(stream)
 
+    def leave(self, stream: SocketStream) -> None:
+        """Close a connection; another may be accepted in its place."""
+        stream.close()
+        self.limiter.release()
+
+
+async def serve(
+    listener: socket.socket,
+    poller: Poller,
+    handle: Handle,
+    *,
+    clients: Clients,
+    on_error: Callable[[OSError], None],
+) -> None:
+    """Accept connections until cancelled, and handle each in a task of its own.
+
+    Args and Raises are those of :func:`accept`, and of :meth:`Clients.serve`.
+    """
+    begin = functools.partial(clients.serve, handle)
+    await accept(listener, poller, begin, clients=clients, on_error=on_error)
+
+
+async def accept(
+    listener: socket.socket,
+    poller: Poller,
+    begin: Begin,
+    *,
+    clients: Clients,
+    on_error: Callable[[OSError], None],
+) -> None:
+    """Accept connections until cancelled.
+
+    Args:
+        listener: A listening, non-blocking socket; the caller closes it.
+        poller: Poller of the streams. Accepting, too, is done in its task.
+        begin: Called with each stream and the client's address; it must not raise, and sees to it
+            that ``clients.leave`` is called once.
+        clients: What the connections are from now on.
+        on_error: Told why accepting pauses (out of descriptors, of memory), but not more often
+            than every few seconds.
+
+    Raises:
+        OSError: the listener is none.
+    """
+    acceptor = _Acceptor(listener, poller, begin, clients.limiter)
     told = -math.inf
-
-    def paused(error: OSError) -> None:
-        nonlocal told
-        if trio.current_time() - told > _TELL_INTERVAL:
-            told = trio.current_time()
-            on_error(error)
-
-    in_turn = 0
     while True:
-        # A connection that comes alone does not wait for a turn: that costs as much as a wait.
-        if in_turn < _ACCEPTS_PER_TURN and limiter.value:
-            limiter.acquire_nowait()
+        error = await acceptor.wait_stopped()
+        if error is None:
+            # A place is free once this returns; whoever accepts first has it.
+            await clients.limiter.acquire()
+            clients.limiter.release()
+        elif error.errno not in _CAPACITY_ERRNOS:
+            raise error
         else:
-            await limiter.acquire()
-            in_turn = 0
-        in_turn += 1
-        try:
-            accepted = await _accept_waiting(listener, paused)
-        except BaseException:
-            limiter.release()
-            raise
-        if accepted is None:
-            limiter.release()
-            await trio.lowlevel.wait_readable(listener)
-            in_turn = 0
-            continue
-        sock, address = accepted
-        try:
-            stream = poller.open_stream(sock)
-        except OSError as error:
-            sock.close()
-            limiter.release()
-            paused(error)
-            continue
-        nursery.start_soon(serve, stream, address)
-
-
-async def _accept_waiting(
-    listener: socket.socket, on_error: Callable[[OSError], None]
-) -> tuple[socket.socket, Address] | None:
-    """Accept a connection that waits, if one does."""
-    while True:
-        try:
-            sock, address = listener.accept()
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if error.errno in _CAPACITY_ERRNOS:
+            if trio.current_time() - told > _TELL_INTERVAL:
+                told = trio.current_time()
                 on_error(error)
-                await trio.sleep(0.1)
-            elif error.errno not in _ACCEPT_AGAIN_ERRNOS:
-                raise
-        else:
-            return sock, _client_address(address)
+            await trio.sleep(0.1)
+
+
+class _Acceptor:
+    """Accepts connections in the poller's task, until something is in the way."""
+
+    def __init__(
+        self, listener: socket.socket, poller: Poller, begin: Begin, limiter: trio.Semaphore
+    ) -> None:
+        self._listener = listener
+        self._poller = poller
+        self._begin = begin
+        self._limiter = limiter
+        self._waiter: trio.lowlevel.Task | None = None
+
+    async def wait_stopped(self) -> OSError | None:
+        """Accept until that is not possible, or until cancelled.
+
+        Returns:
+            Why it is not; None if there may be no more connections.
+        """
+        fd = self._listener.fileno()
+        self._waiter = trio.lowlevel.current_task()
+        self._poller.watch_listener(fd, self)
+
+        def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
+            self._poller.forget_listener(fd)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        error: OSError | None = await trio.lowlevel.wait_task_rescheduled(abort)
+        return error
+
+    def ready(self, _: int) -> None:
+        """Accept what waits (called by the poller)."""
+        # What is left is told of again, after the others have had their turn.
+        for _attempt in range(_ACCEPTS_PER_TURN):
+            if not self._limiter.value:
+                self._stop(None)
+                return
+            try:
+                sock, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _ACCEPT_AGAIN_ERRNOS:
+                    continue
+                self._stop(error)
+                return
+            try:
+                stream = self._poller.open_stream(sock)
+            except OSError as error:
+                sock.close()
+                self._stop(error)
+                return
+            self._limiter.acquire_nowait()
+            self._begin(stream, _client_address(address))
+
+    def _stop(self, error: OSError | None) -> None:
+        assert self._waiter is not None
+        self._poller.forget_listener(self._listener.fileno())
+        trio.lowlevel.reschedule(self._waiter, outcome.Value(error))
 
 
 def _client_address(address: object) -> Address:

@@ -249,15 +249,15 @@ class Proxy:
         name: str,
         listener: socket.socket,
         poller: Poller,
-        connections: trio.Nursery,
+        nursery: trio.Nursery,
     ) -> None:
         """Accept connections that are none of clients, and so have a limit of their own."""
-        await listeners.accept(
+        others = listeners.Clients(nursery, trio.Semaphore(_MAX_OTHER_CONNECTIONS))
+        await listeners.serve(
             listener,
             poller,
             handle,
-            nursery=connections,
-            limiter=trio.Semaphore(_MAX_OTHER_CONNECTIONS),
+            clients=others,
             on_error=lambda error: self._log.error(f"{name} is paused", error=str(error)),
         )
 

@@ -1,10 +1,12 @@
 """The one room for stream IO: sockets, readiness, connecting.
 
 Every operation tries the system call first and waits only on EAGAIN. Readiness does not go through
-``trio.lowlevel.wait_readable``: each socket is registered once, edge-triggered, in an epoll of the
-poller's own, one task waits for that epoll's descriptor and reschedules the tasks whose sockets
-became ready. That saves two ``epoll_ctl`` calls per wait, and lets one task wait for its upstream
-while it watches its client for a hang-up. Deadlines are the caller's cancel scope.
+``trio.lowlevel.wait_readable``: at its first wait each socket is registered, edge-triggered, in an
+epoll of the poller's own, and stays there. One task waits for that epoll's descriptor and
+reschedules the tasks whose sockets became ready. That saves two ``epoll_ctl`` calls per wait, and
+lets one task wait for its upstream while it watches its client for a hang-up. Deadlines are the
+caller's cancel scope. What is too short for a task of its own, such as accepting a connection, is
+done by the poller's.
 
 A wait must follow an EAGAIN with no checkpoint in between: an edge that arrives after the EAGAIN
 wakes the waiter, and an edge before it is seen by the next attempt.
@@ -16,7 +18,7 @@ import contextlib
 import errno
 import select
 import socket
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import outcome
 import trio
@@ -32,7 +34,10 @@ READ_SIZE = 64 * 1024
 _CALLS_PER_TURN = 32
 _EVENTS_PER_POLL = 512
 
-_EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+# Most streams never find their socket full: the edge with which a new one tells that it can be
+# written to would wake the poller for nothing.
+_READ_EDGES = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_ALL_EDGES = _READ_EDGES | select.EPOLLOUT
 _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _READABLE = select.EPOLLIN | _HUNG_UP
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
@@ -45,6 +50,13 @@ _DROP_TIMEOUT = 2.0  # seconds
 _DROP_BYTES = 4 * 1024 * 1024
 
 
+class Pollable(Protocol):
+    """What a poller tells of events."""
+
+    def ready(self, events: int) -> None:
+        """Take these epoll events, in the poller's task: it must neither raise nor take long."""
+
+
 class Poller:
     """Readiness for all streams of one proxy. :meth:`run` must run while any stream is in use."""
 
@@ -52,7 +64,8 @@ class Poller:
         self._epoll = select.epoll()
         #: Bounds the threads that wait for a name service.
         self.lookups = trio.CapacityLimiter(_MAX_LOOKUPS)
-        self._streams: dict[int, SocketStream] = {}
+        self._streams: dict[int, Pollable] = {}
+        self._listeners: dict[int, Pollable] = {}
 
     def __len__(self) -> int:
         """Return how many streams are open."""
@@ -67,14 +80,38 @@ class Poller:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream = SocketStream(sock, self)
-        self._epoll.register(sock.fileno(), _EDGES)
-        self._streams[sock.fileno()] = stream
+        stream = self._streams[sock.fileno()] = SocketStream(sock, self)
         return stream
 
-    def adopt(self, stream: SocketStream) -> None:
-        """Let a stream have the events of its socket, which another one has released."""
-        self._streams[stream.fileno()] = stream
+    def watch(self, fd: int, edges: int, former: int) -> None:
+        """Tell of these edges of a stream's socket; at once, of what has come to pass already.
+
+        Args:
+            fd: The socket.
+            edges: What is told from now on.
+            former: What was told until now, 0 for nothing.
+
+        Raises:
+            OSError: the kernel has no room for it.
+        """
+        if former:
+            self._epoll.modify(fd, edges)
+        else:
+            self._epoll.register(fd, edges)
+
+    def hand_over(self, fd: int, to: Pollable) -> None:
+        """Let somebody else have the events of a stream's socket from now on."""
+        self._streams[fd] = to
+
+    def watch_listener(self, fd: int, pollable: Pollable) -> None:
+        """Tell again and again that there are connections to accept, until they are."""
+        self._epoll.register(fd, select.EPOLLIN)
+        self._listeners[fd] = pollable
+
+    def forget_listener(self, fd: int) -> None:
+        """Tell nothing of a listener any more."""
+        self._epoll.unregister(fd)
+        del self._listeners[fd]
 
     def forget(self, fd: int) -> None:
         """Drop a stream that is about to be closed; closing it takes it out of the epoll."""
@@ -87,9 +124,9 @@ class Poller:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             for fd, events in self._epoll.poll(0, _EVENTS_PER_POLL):
                 # A stream closed earlier in this batch may have left an event behind.
-                stream = self._streams.get(fd)
-                if stream is not None:
-                    stream.ready(events)
+                pollable = self._streams.get(fd) or self._listeners.get(fd)
+                if pollable is not None:
+                    pollable.ready(events)
 
     def close(self) -> None:
         """Close the epoll, after :meth:`run` has ended and every stream is closed."""
@@ -117,13 +154,14 @@ class Reader:
         Returns:
             False if it was ``watch`` that hung up; it may have sent data before it did.
         """
-        self._require_open()
+        self._require_events()
         if self._reader is not None:
             raise trio.BusyResourceError("another task is reading from this stream")
         if watch is not None:
             if watch.hung_up:
                 await trio.lowlevel.checkpoint()
                 return False
+            watch.watch()
             watch._watcher = self
             self._watched = watch
         self._reader = trio.lowlevel.current_task()
@@ -142,6 +180,7 @@ class Reader:
         if watch.hung_up:
             trio.lowlevel.reschedule(self._take_reader(), outcome.Value(False))
         else:
+            watch.watch()
             watch._watcher = self
             self._watched = watch
 
@@ -154,8 +193,8 @@ class Reader:
         if self._reader is not None:
             trio.lowlevel.reschedule(self._take_reader(), outcome.Value(readable))
 
-    def _require_open(self) -> None:
-        """Raise ``trio.ClosedResourceError`` if nothing will ever be read."""
+    def _require_events(self) -> None:
+        """See to it that what can be read is told of, or raise if nothing ever will be."""
 
     def _take_reader(self) -> trio.lowlevel.Task:
         task, self._reader = self._reader, None
@@ -185,6 +224,7 @@ class SocketStream(Reader):
 
     __slots__ = (
         "_calls",
+        "_edges",
         "_hung_up",
         "_poller",
         "_sock",
@@ -197,6 +237,7 @@ class SocketStream(Reader):
         self._sock: socket.socket | None = sock
         self._poller = poller
         self._writer: trio.lowlevel.Task | None = None
+        self._edges = 0  # what the poller tells of
         self._watcher: Reader | None = None  # whom our hang-up wakes
         self._hung_up = False
         self._calls = 0
@@ -263,6 +304,7 @@ class SocketStream(Reader):
         self._socket()
         if self._writer is not None:
             raise trio.BusyResourceError("another task is writing to this stream")
+        self.watch(writes=True)
         self._writer = trio.lowlevel.current_task()
 
         def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
@@ -271,13 +313,39 @@ class SocketStream(Reader):
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
+    def watch(self, *, writes: bool = False) -> None:
+        """Have the poller tell of events from now on, as any wait does.
+
+        Args:
+            writes: Whether also that the socket can be written to.
+        """
+        if not self._edges or (writes and self._edges != _ALL_EDGES):
+            edges = _ALL_EDGES if writes else _READ_EDGES
+            try:
+                self._poller.watch(self.fileno(), edges, self._edges)
+            except OSError as error:
+                raise trio.BrokenResourceError(str(error)) from error
+            self._edges = edges
+
+    def is_drained_by(self, size: int) -> bool:
+        """Return whether a read of up to READ_SIZE bytes that brought so many has left nothing.
+
+        Then an event tells of what comes next.
+        """
+        # Between the end of a connection and what came before it there is no event.
+        return size < READ_SIZE and not self._hung_up
+
+    def tell(self, pollable: Pollable) -> None:
+        """Let somebody else have the events, who passes them on to :meth:`ready`."""
+        self._poller.hand_over(self.fileno(), pollable)
+
     @property
     def hung_up(self) -> bool:
         """Whether the peer has closed its side, or both, and nothing it sent is left to read.
 
         An ordinary half-close looks like this too.
         """
-        return self._hung_up and self.at_eof_nowait()
+        return (self._hung_up or not self._edges) and self.at_eof_nowait()
 
     async def wait_hung_up(self) -> None:
         """Wait until the peer has closed its side and nothing it sent is left to read."""
@@ -352,7 +420,7 @@ class SocketStream(Reader):
         return self._socket().fileno()
 
     def release(self) -> tuple[socket.socket, Poller]:
-        """Give the socket to another stream, for which :meth:`Poller.adopt` is called next.
+        """Give the socket to another stream, for which :meth:`Poller.hand_over` is called next.
 
         Nobody may be waiting for this one, which counts as closed from now on.
         """
@@ -384,9 +452,9 @@ class SocketStream(Reader):
             raise trio.ClosedResourceError("this stream was closed")
         return self._sock
 
-    def _require_open(self) -> None:
-        if self._sock is None:
-            raise trio.ClosedResourceError("this stream was closed")
+    def _require_events(self) -> None:
+        self._socket()
+        self.watch()
 
     async def _take_turn(self) -> None:
         # Before the system call, so that a cancellation never loses what it has done.
@@ -474,14 +542,15 @@ async def connect(
     Raises:
         OSError: the connection was refused, or the network failed.
     """
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
+        # Before that the socket would count as hung up.
+        code = sock.connect_ex(address)
         stream = poller.open_stream(sock)
     except BaseException:
         sock.close()
         raise
     try:
-        code = sock.connect_ex(address)
         while code == errno.EINPROGRESS:
             await stream.wait_writable()
             code = stream.connect_error_nowait()

@@ -15,15 +15,16 @@ from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy import listeners
 from kamal_proxy.errors import ControlSocketError, ListenError
-from kamal_proxy.listeners import listen_tcp, listen_unix
+from kamal_proxy.listeners import Clients, listen_tcp, listen_unix
 from tests.pairs import running_poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from trio.testing import MockClock
 
+    from kamal_proxy.listeners import Handle
     from kamal_proxy.sockets import Poller, SocketStream
 
 
@@ -148,15 +149,29 @@ def unexpected(error: OSError) -> None:
     pytest.fail(f"unexpected: {error}")
 
 
+async def accepting(
+    listener: socket.socket | ScriptedListener,
+    poller: Poller,
+    handle: Handle,
+    clients: Clients,
+    on_error: Callable[[OSError], None],
+) -> None:
+    await listeners.serve(
+        cast("socket.socket", listener), poller, handle, clients=clients, on_error=on_error
+    )
+
+
 class ScriptedListener:
-    """Accepts what a script says; a real pipe end tells that it is readable."""
+    """Accepts what a script says; a real socket tells that there is something to accept."""
 
     def __init__(self, *script: OSError | tuple[socket.socket, object] | socket.socket) -> None:
         self._script = list(script)
         self._bell, self._rope = socket.socketpair()
+        self._rope.send(b"!")
 
     def accept(self) -> tuple[socket.socket, object]:
         if not self._script:
+            self._bell.recv(1)
             raise BlockingIOError
         step = self._script.pop(0)
         if isinstance(step, OSError):
@@ -181,13 +196,8 @@ async def test_accepts_until_cancelled(poller: Poller, path: Path) -> None:
         async with trio.open_nursery() as nursery, trio.open_nursery() as connections:
 
             async def accept() -> None:
-                await listeners.accept(
-                    listener,
-                    poller,
-                    echo,
-                    nursery=connections,
-                    limiter=trio.Semaphore(10),
-                    on_error=unexpected,
+                await accepting(
+                    listener, poller, echo, Clients(connections, trio.Semaphore(10)), unexpected
                 )
 
             nursery.start_soon(accept)
@@ -213,14 +223,7 @@ async def test_the_limiter_holds_connections_in_the_backlog(poller: Poller, path
         async with trio.open_nursery() as nursery, trio.open_nursery() as connections:
 
             async def accept() -> None:
-                await listeners.accept(
-                    listener,
-                    poller,
-                    handle,
-                    nursery=connections,
-                    limiter=limiter,
-                    on_error=unexpected,
-                )
+                await accepting(listener, poller, handle, Clients(connections, limiter), unexpected)
 
             nursery.start_soon(accept)
             clients = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(5)]
@@ -250,13 +253,8 @@ async def test_a_backlog_does_not_keep_others_from_their_turn(poller: Poller, pa
         async with trio.open_nursery() as nursery:
 
             async def accept() -> None:
-                await listeners.accept(
-                    listener,
-                    poller,
-                    handle,
-                    nursery=nursery,
-                    limiter=trio.Semaphore(1000),
-                    on_error=unexpected,
+                await accepting(
+                    listener, poller, handle, Clients(nursery, trio.Semaphore(1000)), unexpected
                 )
 
             nursery.start_soon(accept)
@@ -280,14 +278,7 @@ async def test_a_connection_is_closed_when_its_handler_ends_or_is_cancelled(
         async with trio.open_nursery() as nursery:
 
             async def accept() -> None:
-                await listeners.accept(
-                    listener,
-                    poller,
-                    handle,
-                    nursery=nursery,
-                    limiter=limiter,
-                    on_error=unexpected,
-                )
+                await accepting(listener, poller, handle, Clients(nursery, limiter), unexpected)
 
             nursery.start_soon(accept)
             for client, what in ((one, b"go"), (two, b"stay")):
@@ -320,14 +311,7 @@ async def test_pauses_while_the_machine_has_no_room(
     start = trio.current_time()
     with trio.move_on_after(100), far:
         async with trio.open_nursery() as nursery:
-            await listeners.accept(
-                cast("socket.socket", listener),
-                poller,
-                handle,
-                nursery=nursery,
-                limiter=trio.Semaphore(1),
-                on_error=on_error,
-            )
+            await accepting(listener, poller, handle, Clients(nursery, trio.Semaphore(1)), on_error)
     listener.close()
     # Said at once, and again only after a while.
     assert told == [
@@ -369,13 +353,8 @@ async def test_errors_of_one_connection_are_skipped(
     start = trio.current_time()
     with trio.move_on_after(1), far:
         async with trio.open_nursery() as nursery:
-            await listeners.accept(
-                cast("socket.socket", listener),
-                poller,
-                handle,
-                nursery=nursery,
-                limiter=trio.Semaphore(1),
-                on_error=unexpected,
+            await accepting(
+                listener, poller, handle, Clients(nursery, trio.Semaphore(1)), unexpected
             )
     listener.close()
     assert accepted == [0]
@@ -390,13 +369,6 @@ async def test_any_other_error_ends_accepting(poller: Poller) -> None:
 
     async with trio.open_nursery() as nursery:
         with pytest.raises(OSError, match="not a listener"):
-            await listeners.accept(
-                cast("socket.socket", listener),
-                poller,
-                handle,
-                nursery=nursery,
-                limiter=limiter,
-                on_error=unexpected,
-            )
+            await accepting(listener, poller, handle, Clients(nursery, limiter), unexpected)
     listener.close()
     assert limiter.value == 1

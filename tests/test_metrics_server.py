@@ -14,7 +14,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from kamal_proxy.http.endpoint import MAX_HEAD
-from kamal_proxy.listeners import accept, listen_tcp
+from kamal_proxy.listeners import Clients, listen_tcp, serve
 from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.metrics_server import (
@@ -59,12 +59,12 @@ async def open_served(metrics: Metrics) -> AsyncIterator[Served]:
             client = Served(trio.socket.from_stdlib_socket(far))
             server = MetricsServer(metrics, Log(client.lines.append))
 
-            async def serve() -> None:
+            async def listen() -> None:
                 await server.handle(stream, ("", 0))
                 stream.close()
                 client.ended.set()
 
-            nursery.start_soon(serve)
+            nursery.start_soon(listen)
             yield client
             nursery.cancel_scope.cancel()
     assert client.lines == []
@@ -85,17 +85,16 @@ async def test_a_scrape_on_a_port() -> None:
             lines: list[str] = []
             server = MetricsServer(counted(), Log(lines.append))
 
-            async def serve() -> None:
-                await accept(
+            async def listen() -> None:
+                await serve(
                     listener,
                     poller,
                     server.handle,
-                    nursery=nursery,
-                    limiter=trio.Semaphore(10),
+                    clients=Clients(nursery, trio.Semaphore(10)),
                     on_error=lambda error: None,
                 )
 
-            nursery.start_soon(serve)
+            nursery.start_soon(listen)
             async with open_client(listener.getsockname()[1]) as client:
                 response = await client.get("/metrics")
             nursery.cancel_scope.cancel()

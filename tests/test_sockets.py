@@ -395,6 +395,55 @@ async def test_an_end_behind_unread_data_is_no_hang_up_yet(pair: Pair) -> None:
     assert not stream.is_quiet_nowait()
 
 
+async def test_an_end_is_a_hang_up_before_anybody_has_waited(pair: Pair) -> None:
+    """No event can tell of it yet."""
+    stream, far = pair
+    assert not stream.hung_up
+    far.send(b"x")
+    far.close()
+    assert not stream.hung_up
+    assert await stream.receive() == b"x"
+    assert stream.hung_up
+
+
+async def test_no_room_for_events_of_a_stream(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, far = pair
+
+    def fail(self: Poller, fd: int, edges: int, former: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Poller, "watch", fail)
+        with pytest.raises(trio.BrokenResourceError, match="No space left"):
+            await stream.receive()
+        while stream.send_nowait(bytes(1 << 16)):
+            pass
+        with pytest.raises(trio.BrokenResourceError, match="No space left"):
+            await stream.send(b"x")
+    far.send(b"x")
+    assert await stream.receive() == b"x"
+
+
+async def test_a_stream_that_has_waited_for_data_waits_for_room(
+    pair: Pair, nursery: trio.Nursery
+) -> None:
+    """The poller tells of room only once somebody has asked for it."""
+    stream, far = pair
+    far.send(b"x")
+    assert await stream.receive() == b"x"
+    with trio.move_on_after(0):
+        await stream.receive()
+    filled = 0
+    while taken := stream.send_nowait(bytes(1 << 16)):
+        filled += taken
+    nursery.start_soon(stream.send, b"late")
+    await wait_all_tasks_blocked()
+    got = b""
+    while not got.endswith(b"late"):
+        got = got[-4:] + far.recv(1 << 16)
+        await wait_all_tasks_blocked()
+
+
 async def test_a_reset_is_a_hang_up(pair: Pair) -> None:
     stream, far = pair
     await stream.send(b"unread")

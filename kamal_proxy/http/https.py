@@ -1,7 +1,7 @@
 """The front of the HTTPS port: from an accepted connection to one that speaks HTTP inside TLS.
 
-Reads what comes before the handshake, has the certificate chosen, and hands the connection on. What
-strangers and scanners send is counted, and told of in one line now and then.
+Knows all connections that are being opened, and ends those that take too long. What strangers and
+scanners send is counted, and told of in one line now and then.
 """
 
 from __future__ import annotations
@@ -10,35 +10,20 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kamal_proxy.http import pages
-from kamal_proxy.http.codec import whole_response
-from kamal_proxy.http.endpoint import TEXT
-from kamal_proxy.http.introduction import introduced
-from kamal_proxy.sockets import READ_SIZE, drop
-from kamal_proxy.tls import hello
-from kamal_proxy.tls.selection import NoCertificateError
-from kamal_proxy.tls.stream import HandshakeError, alert, handshake
+from kamal_proxy.http.opening import Opening
 
 if TYPE_CHECKING:
     from kamal_proxy.http.server import HttpServer
-    from kamal_proxy.listeners import Address
+    from kamal_proxy.listeners import Address, Clients
     from kamal_proxy.sockets import SocketStream
-    from kamal_proxy.tls.hello import ClientHello
     from kamal_proxy.tls.selection import Selection
-    from kamal_proxy.tls.stream import TlsStream
 
 REPORT_INTERVAL = 60.0  # seconds between two lines about failed handshakes
 _MAX_ADDRESSES = 1000  # that are told apart between two lines
-_PLAIN_HTTP = whole_response(
-    400,
-    pages.reason(400),
-    [(b"Content-Type", TEXT)],
-    b"Client sent an HTTP request to an HTTPS server.\n",
-)
 
 
 class HttpsFront:
-    """Makes TLS connections of plain ones, for a server of HTTP.
+    """Makes TLS connections of plain ones, for a server of HTTP. :meth:`run` must run meanwhile.
 
     Args:
         server: What serves them.
@@ -46,39 +31,68 @@ class HttpsFront:
     """
 
     def __init__(self, server: HttpServer, selection: Selection) -> None:
-        self._server = server
-        self._selection = selection
-        self._opening: set[trio.CancelScope] = set()
+        self.server = server
+        self.selection = selection
+        self._closed = False
+        # In the order of their deadlines: all have the same patience.
+        self._openings: dict[Opening, None] = {}
+        self._any = trio.Event()
         self._failures = _Failures()
 
-    async def handle(self, stream: SocketStream, address: Address) -> None:
-        """Serve one connection. Whatever a client does ends here."""
-        secured: tuple[TlsStream, Address] | None = None
-        scope = trio.CancelScope(deadline=trio.current_time() + self._server.options.head_timeout)
-        self._opening.add(scope)
-        try:
-            with scope:
-                secured = await self._secure(stream, address)
-            if scope.cancelled_caught and not self._server.closing:
-                self._fail("timeout", address)
-        except Exception as error:  # a bug must cost one connection, not the proxy
-            self._server.log.error("Connection failed", client_addr=address[0], error=repr(error))
-        finally:
-            self._opening.discard(scope)
-        if secured is None:
+    def begin(self, clients: Clients, stream: SocketStream, address: Address) -> None:
+        """Take a connection that was accepted. Whatever its client does ends there."""
+        if self._closed:
+            clients.leave(stream)
             return
-        tls, address = secured
+        opening = Opening(self, clients, stream, address)
+        self.allow_time(opening)
+        opening.begin()
+
+    def allow_time(self, opening: Opening) -> None:
+        """Let the next steps of a connection take some time from now on."""
+        self._openings.pop(opening, None)
+        self._openings[opening] = None
+        opening.deadline = trio.current_time() + self.server.options.head_timeout
+        self._any.set()
+
+    def forget(self, opening: Opening) -> None:
+        """Let go of a connection that is open now, or that ends."""
+        self._openings.pop(opening, None)
+
+    def is_owed_introduction(self, address: Address) -> bool:
+        """Return whether a connection from there has to begin with a PROXY protocol header."""
+        return address[0] in self.server.proxy_protocol_from
+
+    def fail(self, reason: str, address: Address) -> None:
+        """Take note of a handshake that came to nothing."""
+        self._failures.add(reason, address[0])
+        self.server.metrics.handshake(reason)
+
+    async def run(self) -> None:
+        """Look after the connections until cancelled, which ends those that are being opened."""
         try:
-            await self._server.handle(tls, address)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._report)
+                nursery.start_soon(self._expire)
         finally:
-            tls.close()
+            self._closed = True
+            for opening in tuple(self._openings):
+                opening.end()
 
-    def close(self) -> None:
-        """End the handshakes that are under way: the proxy stops."""
-        for scope in self._opening:
-            scope.cancel(reason="the proxy stops")
+    async def _expire(self) -> None:
+        """End the connections whose time is over."""
+        while True:
+            first = next(iter(self._openings), None)
+            if first is None:
+                self._any = trio.Event()
+                await self._any.wait()
+            elif first.deadline > trio.current_time():
+                await trio.sleep_until(first.deadline)
+            else:
+                self.forget(first)
+                first.expire()
 
-    async def report(self) -> None:
+    async def _report(self) -> None:
         """Tell of failed handshakes until cancelled: in one line a minute, if there were any."""
         try:
             while True:
@@ -91,70 +105,13 @@ class HttpsFront:
     def _tell(self) -> None:
         failures, self._failures = self._failures, _Failures()
         if failures.by_reason:
-            self._server.log.info(
+            self.server.log.info(
                 "TLS handshakes failed",
                 count=sum(failures.by_reason.values()),
                 reasons=[f"{count} {reason}" for reason, count in failures.by_reason.items()],
                 clients=len(failures.clients),
                 client_addr=failures.latest,
             )
-
-    def _fail(self, reason: str, address: Address) -> None:
-        self._failures.add(reason, address[0])
-        self._server.metrics.handshake(reason)
-
-    async def _secure(
-        self, stream: SocketStream, address: Address
-    ) -> tuple[TlsStream, Address] | None:
-        """Go through the handshake; None if that failed."""
-        data = b""
-        try:
-            if address[0] in self._server.proxy_protocol_from:
-                introduction = await introduced(stream, address, self._server.log)
-                if introduction is None:
-                    return None
-                address, data = introduction
-            read = await self._read_hello(stream, data)
-            if read is None:
-                self._fail("closed", address)
-                return None
-            client_hello, data = read
-            context, client_ca = await self._selection.context_for(client_hello)
-            tls = await handshake(stream, context, data, server_name=client_hello.server_name)
-        except hello.HelloError as error:
-            self._fail("plain HTTP" if error.is_http else "not TLS", address)
-            if error.is_http:
-                await self._say(stream, _PLAIN_HTTP)
-        except NoCertificateError as error:
-            self._fail(error.reason, address)
-            await self._say(stream, alert(error.alert))
-        except HandshakeError as error:
-            self._fail(error.reason, address)
-        except trio.BrokenResourceError:
-            self._fail("closed", address)
-        else:
-            self._server.metrics.handshake("ok")
-            tls.client_ca = client_ca
-            return tls, address
-        return None
-
-    async def _read_hello(
-        self, stream: SocketStream, data: bytes
-    ) -> tuple[ClientHello, bytes] | None:
-        while (found := hello.parse_untrusted(data)) is None:
-            more = await stream.receive(READ_SIZE)
-            if not more:
-                return None
-            data += more
-        return found, data
-
-    async def _say(self, stream: SocketStream, data: bytes) -> None:
-        """Send the last words to a client that gets no connection."""
-        try:
-            await stream.send(data)
-        except trio.BrokenResourceError:
-            return
-        await drop(stream)
 
 
 class _Failures:

@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
     from kamal_proxy.http.bodies import Spill
     from kamal_proxy.http.client_side import ServedConnection
-    from kamal_proxy.listeners import Address
+    from kamal_proxy.listeners import Address, Begin, Clients
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
     from kamal_proxy.options import RunOptions
     from kamal_proxy.router import RoutingTable
     from kamal_proxy.sockets import Poller, SocketStream
 
-Handle: TypeAlias = "Callable[[SocketStream, Address], Awaitable[None]]"
 Validation: TypeAlias = "Callable[[str], Awaitable[bytes | None]]"
 
 _RESERVED_DESCRIPTORS = 100  # for listeners, probes, the admin API, the saved state
@@ -144,35 +143,22 @@ class HttpServer:
             connection.cancel(Reason.SHUTDOWN)
 
     async def accept(
-        self,
-        bound: Sequence[socket.socket],
-        poller: Poller,
-        nursery: trio.Nursery,
-        limiter: trio.Semaphore,
-        handle: Handle,
+        self, bound: Sequence[socket.socket], poller: Poller, clients: Clients, begin: Begin
     ) -> None:
-        """Accept connections on all listeners into ``nursery`` until cancelled.
+        """Accept connections on all listeners until cancelled.
 
         Args:
             bound: The listeners.
             poller: Poller of the streams.
-            nursery: Where the connections live.
-            limiter: Says how many there may be; shared with other servers.
-            handle: What takes each of them.
+            clients: The connections of this and other servers.
+            begin: What takes each of ours.
         """
 
         def paused(error: OSError) -> None:
             self.log.error("Accepting connections is paused", port=self.port, error=str(error))
 
         async def accept_on(listener: socket.socket) -> None:
-            await listeners.accept(
-                listener,
-                poller,
-                handle,
-                nursery=nursery,
-                limiter=limiter,
-                on_error=paused,
-            )
+            await listeners.accept(listener, poller, begin, clients=clients, on_error=paused)
 
         async with trio.open_nursery() as acceptors:
             for listener in bound:

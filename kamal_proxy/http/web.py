@@ -6,6 +6,7 @@ Owns their listeners and the order in which they begin and end.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 import trio
@@ -107,18 +108,19 @@ class Web:
             connection_limit(self._options.max_connections),
         )
 
-    async def accept(self, poller: Poller, clients: trio.Nursery) -> None:
-        """Take connections into ``clients`` until cancelled, of HTTP/3 until they have ended."""
+    async def accept(self, poller: Poller, nursery: trio.Nursery) -> None:
+        """Take connections into ``nursery`` until cancelled, of HTTP/3 until they have ended."""
         limiter = trio.Semaphore(connection_limit(self._options.max_connections, self._log))
+        clients = listeners.Clients(nursery, limiter)
         if self._http3 is not None:
-            await clients.start(self._http3.run)
+            await nursery.start(self._http3.run)
         async with trio.open_nursery() as acceptors:
             for server, sockets in self._bound:
-                handle = server.handle
+                begin = functools.partial(clients.serve, server.handle)
                 if server.scheme == "https" and self._front is not None:
-                    handle = self._front.handle
-                    acceptors.start_soon(self._front.report)
-                acceptors.start_soon(server.accept, sockets, poller, clients, limiter, handle)
+                    begin = functools.partial(self._front.begin, clients)
+                    acceptors.start_soon(self._front.run)
+                acceptors.start_soon(server.accept, sockets, poller, clients, begin)
 
     def close_idle(self, deadline: float) -> None:
         """Begin to shut down: listeners and idle connections close now, others after their request.
@@ -129,11 +131,8 @@ class Web:
         for server, sockets in self._bound:
             for sock in sockets:
                 sock.close()
-            if server.scheme == "https":
-                if self._front is not None:
-                    self._front.close()
-                if self._http3 is not None:
-                    self._http3.close()
+            if server.scheme == "https" and self._http3 is not None:
+                self._http3.close()
             server.close_idle(deadline)
 
     async def wait_closed(self) -> None:

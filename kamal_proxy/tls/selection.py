@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
@@ -31,6 +31,7 @@ _MAX_CONTEXTS = 2000
 # Of clients of TLS 1.2 that take no tickets, for which OpenSSL keeps 1 KiB each. It would keep
 # 20,480 in each context, and Python offers no way to tell it otherwise.
 _MAX_SESSIONS = 1000
+_TLS_1_3 = 0x0304
 _VALIDATION = ACME_ALPN.encode()
 _OFFERED = frozenset(name.encode() for name in PROTOCOLS)
 
@@ -55,6 +56,18 @@ class NoCertificateError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.alert = alert
+
+
+class Chosen(NamedTuple):
+    """What a handshake needs.
+
+    Attributes:
+        context: What to offer.
+        client_ca: The CA by which the client is verified, if it is.
+    """
+
+    context: ssl.SSLContext
+    client_ca: bytes | None = None
 
 
 class Served(Protocol):
@@ -104,60 +117,61 @@ class Selection:
         # By what is in the files: a redeploy must not cost clients their sessions.
         self._contexts: OrderedDict[tuple[bytes, bytes | None], ssl.SSLContext] = OrderedDict()
 
-    async def context_for(self, hello: ClientHello) -> tuple[ssl.SSLContext, bytes | None]:
-        """Return the context for a handshake, and the CA by which the client is verified.
+    def at_hand(self, hello: ClientHello) -> Chosen | None:
+        """Return what a handshake needs, or None if :meth:`wait_for` has to be asked.
 
-        Waits a while for a certificate that is being obtained.
+        Raises:
+            NoCertificateError: there is no certificate for it.
+        """
+        if _VALIDATION in hello.alpn:
+            return None
+        if hello.alpn and _OFFERED.isdisjoint(hello.alpn):
+            raise NoCertificateError("no common protocol", Alert.NO_APPLICATION_PROTOCOL)
+        host, _, files = self._asked_for(hello.server_name)
+        certificate = self._find(host, files)
+        return None if certificate is None else self._chosen(hello, certificate, files)
+
+    async def wait_for(self, hello: ClientHello) -> Chosen:
+        """Return what a handshake needs; wait a while for a certificate that is being obtained.
 
         Raises:
             NoCertificateError: there is none.
         """
-        name = self._asked(hello.server_name)
         if _VALIDATION in hello.alpn:
-            answer = await self._issuer.validate_tls(name)
+            answer = await self._issuer.validate_tls(self._named(hello.server_name))
             if answer is None:
                 raise NoCertificateError("unexpected ACME validation")
-            return challenge_context(answer), None
-        if hello.alpn and _OFFERED.isdisjoint(hello.alpn):
-            raise NoCertificateError("no common protocol", Alert.NO_APPLICATION_PROTOCOL)
-        service, files = self._secure(name)
-        host = name or next(iter(service.options.hosts), "")
-        certificate = self._at_hand(host, files)
-        if certificate is None:
-            certificate = await self._obtain(host, service)
-        try:
-            return self._context(certificate, files.client_ca), files.client_ca
-        except CertificateError as error:
-            raise NoCertificateError("unusable certificate", Alert.INTERNAL_ERROR) from error
+            return Chosen(challenge_context(answer))
+        host, service, files = self._asked_for(hello.server_name)
+        return self._chosen(hello, await self._obtain(host, service), files)
 
     def certificate_for(self, name: str) -> Certificate | None:
         """Return the certificate for a name if it is at hand and clients need none themselves."""
-        name = self._asked(name)
         try:
-            service, files = self._secure(name)
-            if files.asks_clients:
-                return None
-            return self._at_hand(name or next(iter(service.options.hosts), ""), files)
+            host, _, files = self._asked_for(name)
+            return None if files.asks_clients else self._find(host, files)
         except NoCertificateError:
             return None
 
-    def _asked(self, name: str) -> str:
+    def _named(self, name: str) -> str:
         """Return the name that a client asks for; the address in a URL is none (RFC 6066 3)."""
         if not name or name.strip("0123456789."):
             return name
         service = self._routes().secure(name)
         return name if service is not None and service.options.hosts else ""
 
-    def _secure(self, name: str) -> tuple[Served, TlsFiles]:
+    def _asked_for(self, name: str) -> tuple[str, Served, TlsFiles]:
+        """Return the host that a client wants, who serves it, and with which files."""
+        name = self._named(name)
         service = self._routes().secure(name)
         files = None if service is None else service.tls
         if service is None or files is None:
             raise NoCertificateError("unknown name" if name else "no name")
         if files.asks_clients and files.client_ca is None:
             raise NoCertificateError("unusable file", Alert.INTERNAL_ERROR)
-        return service, files
+        return name or next(iter(service.options.hosts), ""), service, files
 
-    def _at_hand(self, host: str, files: TlsFiles) -> Certificate | None:
+    def _find(self, host: str, files: TlsFiles) -> Certificate | None:
         if not files.has_own_certificate:
             return self._issuer.find(host)
         if files.certificate is None:
@@ -183,10 +197,19 @@ class Selection:
             raise NoCertificateError("no certificate yet", Alert.INTERNAL_ERROR)
         return certificate
 
-    def _context(self, certificate: Certificate, client_ca: bytes | None) -> ssl.SSLContext:
+    def _chosen(self, hello: ClientHello, certificate: Certificate, files: TlsFiles) -> Chosen:
+        try:
+            return Chosen(self._context(hello, certificate, files.client_ca), files.client_ca)
+        except CertificateError as error:
+            raise NoCertificateError("unusable certificate", Alert.INTERNAL_ERROR) from error
+
+    def _context(
+        self, hello: ClientHello, certificate: Certificate, client_ca: bytes | None
+    ) -> ssl.SSLContext:
         key = (certificate.pem, client_ca)
         context = self._contexts.get(key)
-        if context is None or context.session_stats()["number"] > _MAX_SESSIONS:
+        may_grow = _TLS_1_3 not in hello.versions
+        if context is None or (may_grow and context.session_stats()["number"] > _MAX_SESSIONS):
             context = server_context(certificate, client_ca=client_ca, alpn=PROTOCOLS)
             self._contexts[key] = context
             if len(self._contexts) > _MAX_CONTEXTS:

@@ -59,56 +59,100 @@ def alert(code: int) -> bytes:
     return b"\x15\x03\x03\x00\x02\x02" + bytes([code])
 
 
-async def handshake(
-    stream: SocketStream, context: ssl.SSLContext, received: bytes = b"", *, server_name: str = ""
-) -> TlsStream:
-    """Do the server's side of a handshake; how long that may take is the caller's business.
+class Handshake:
+    """The server's side of a handshake, which never waits; the caller does, and reads.
+
+    It has no task: its caller is one that deals with many connections.
 
     Args:
         stream: The connection. It is closed, but not its socket, once the handshake is done; until
             then, and if that fails, it stays the caller's.
         context: What to offer.
-        received: What was read of the connection already.
         server_name: The name that the client asked for.
-
-    Returns:
-        The encrypted stream, which has the socket now.
-
-    Raises:
-        HandshakeError: the client broke it off, or there is nothing both sides agree on. The
-            client was told if that was possible without waiting.
     """
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    incoming.write(received)
-    connection = context.wrap_bio(incoming, outgoing, server_side=True)
-    try:
-        done = False
-        while not done:
+
+    __slots__ = (
+        "_connection",
+        "_done",
+        "_incoming",
+        "_outgoing",
+        "_server_name",
+        "_stream",
+        "_unsent",
+    )
+
+    def __init__(
+        self, stream: SocketStream, context: ssl.SSLContext, *, server_name: str = ""
+    ) -> None:
+        self._stream = stream
+        self._server_name = server_name
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._connection = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._unsent = memoryview(b"")
+        self._done = False
+
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing is to be read before :meth:`flush` has sent something."""
+        return bool(self._unsent)
+
+    def proceed(self, data: bytes) -> TlsStream | None:
+        """Go on with what has arrived.
+
+        Args:
+            data: What was read of the connection; nothing if that has ended.
+
+        Returns:
+            The encrypted stream, which has the socket now, if the handshake is done.
+
+        Raises:
+            HandshakeError: the client broke it off, or there is nothing both sides agree on. The
+                client was told if that was possible without waiting.
+        """
+        if not data:
+            raise HandshakeError("the client closed the connection")
+        self._incoming.write(data)
+        try:
+            self._connection.do_handshake()
+            self._done = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            if self._outgoing.pending:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    self._stream.send_nowait(self._outgoing.read())
+            raise HandshakeError(_reason(error)) from error
+        # In TLS 1.3 only tickets are left in the end, and they can go with the first answer.
+        if self._outgoing.pending and not (self._done and self._connection.version() == "TLSv1.3"):
+            self._unsent = memoryview(self._outgoing.read())
+        return self.flush()
+
+    def flush(self) -> TlsStream | None:
+        """Send what the socket had no room for.
+
+        Returns:
+            As :meth:`proceed` does.
+
+        Raises:
+            HandshakeError: the client broke the connection.
+        """
+        if self._unsent:
             try:
-                connection.do_handshake()
-                done = True
-            except ssl.SSLWantReadError:
-                pass
-            # In TLS 1.3 only tickets are left in the end, and they can go with the first answer.
-            if outgoing.pending and not (done and connection.version() == "TLSv1.3"):
-                await stream.send(outgoing.read())
-            if not done:
-                data = await stream.receive()
-                if not data:
-                    raise HandshakeError("the client closed the connection")
-                incoming.write(data)
-    except ssl.SSLError as error:
-        if outgoing.pending:
-            with contextlib.suppress(trio.BrokenResourceError):
-                stream.send_nowait(outgoing.read())
-        raise HandshakeError(_reason(error)) from error
-    except trio.BrokenResourceError as error:
-        raise HandshakeError("the client broke the connection") from error
-    return TlsStream(stream, connection, incoming, outgoing, server_name)
+                self._unsent = self._unsent[self._stream.send_nowait(self._unsent) :]
+            except trio.BrokenResourceError as error:
+                raise HandshakeError("the client broke the connection") from error
+            if self._unsent:
+                self._stream.watch(writes=True)
+                return None
+        if not self._done:
+            return None
+        return TlsStream(
+            self._stream, self._connection, self._incoming, self._outgoing, self._server_name
+        )
 
 
 class TlsStream(SocketStream):
-    """An encrypted connection. Made by ``handshake``; used like any ``SocketStream``.
+    """An encrypted connection. Made by a ``Handshake``; used like any ``SocketStream``.
 
     A write that :meth:`send_nowait` did not take as a whole is to be repeated with the bytes that
     were not taken, though some of them may be on their way: nothing can take encrypted bytes back.
@@ -170,7 +214,9 @@ class TlsStream(SocketStream):
         self.resumed = bool(connection.session_reused)
         super().__init__(*stream.release())
         self._hung_up = stream._hung_up
-        self._poller.adopt(self)
+        self._edges = stream._edges
+        self._poller.hand_over(self.fileno(), self)
+        self.watch()
         self._ahead = self._decrypt()  # decrypted, and not read yet
 
     # Reading

@@ -14,7 +14,7 @@ import trio
 from kamal_proxy.control.api import ControlServer
 from kamal_proxy.control.messages import CertificateDescription, Event, ServiceDescription, to_json
 from kamal_proxy.errors import CertificateNotFoundError, KamalProxyError
-from kamal_proxy.listeners import accept, listen_unix
+from kamal_proxy.listeners import Clients, listen_unix, serve
 from kamal_proxy.logs import Log
 from kamal_proxy.sockets import Poller
 from tests.scripted import Client, Response
@@ -259,17 +259,16 @@ async def open_scripted(
                 services, certificates or ScriptedCertificates(), operations, Log(lines.add)
             )
 
-            async def serve() -> None:
-                await accept(
+            async def listen() -> None:
+                await serve(
                     listener,
                     poller,
                     server.handle,
-                    nursery=base,
-                    limiter=trio.Semaphore(10),
+                    clients=Clients(base, trio.Semaphore(10)),
                     on_error=lambda error: None,
                 )
 
-            base.start_soon(serve)
+            base.start_soon(listen)
             yield ScriptedApi(path, operations)
             base.cancel_scope.cancel()
     poller.close()

@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.tls.certificates import parse_certificate
 from kamal_proxy.tls.contexts import server_context
-from kamal_proxy.tls.stream import TlsStream, handshake
+from kamal_proxy.tls.stream import Handshake, HandshakeError, TlsStream
 from tests.certificates import make_ca
 
 if TYPE_CHECKING:
@@ -138,12 +138,31 @@ class Result:
     error: BaseException | None = None
 
 
+async def handshake(
+    stream: SocketStream, context: ssl.SSLContext, received: bytes = b""
+) -> TlsStream:
+    """Do the server's side of a handshake, waiting in this task."""
+    shaking = Handshake(stream, context, server_name="app.test")
+    tls = shaking.proceed(received) if received else None
+    while tls is None:
+        if shaking.stalled:
+            await stream.wait_writable()
+            tls = shaking.flush()
+        else:
+            try:
+                data = await stream.receive()
+            except trio.BrokenResourceError as error:
+                raise HandshakeError("the client broke the connection") from error
+            tls = shaking.proceed(data)
+    return tls
+
+
 async def serve(
     stream: SocketStream, context: ssl.SSLContext, result: Result, received: bytes = b""
 ) -> None:
     """Do the server's side of a handshake, and keep what comes of it."""
     try:
-        result.stream = await handshake(stream, context, received, server_name="app.test")
+        result.stream = await handshake(stream, context, received)
     except Exception as error:
         result.error = error
 

@@ -7,14 +7,18 @@ application is asked, while a certificate is obtained, in the handshake and afte
 from __future__ import annotations
 
 import contextlib
+import functools
+import ssl
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.http.https import HttpsFront
+from kamal_proxy.listeners import Clients
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.networks import Networks
 from kamal_proxy.options import RunOptions, ServiceOptions
@@ -24,14 +28,16 @@ from kamal_proxy.tls.hello import ClientHello
 from kamal_proxy.tls.hosts import Authority
 from kamal_proxy.tls.on_demand import Answer, OnDemand
 from kamal_proxy.tls.selection import NoCertificateError, Selection
+from kamal_proxy.tls.stream import Handshake
 from tests.certificates import make_ca
 from tests.deploying import Lines, run_with_every_cancellation
 from tests.pairs import Steps, running_poller, stream_pair
 from tests.secure import client_context
+from tests.tls.peers import Peer
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from kamal_proxy.http.server import HttpServer
     from kamal_proxy.listeners import Address
@@ -134,6 +140,20 @@ class World:
             ),
         )
 
+    @asynccontextmanager
+    async def running(self, stream: SocketStream) -> AsyncIterator[trio.CancelScope]:
+        """Serve one connection; wait until it is over. Yields what cancels all that is done."""
+        limiter = trio.Semaphore(1)
+        limiter.acquire_nowait()
+        async with trio.open_nursery() as everything, trio.open_nursery() as acceptors:
+            self._acceptors = acceptors
+            self.front._closed = False
+            acceptors.start_soon(self.front.run)
+            self.front.begin(Clients(everything, limiter), stream, CLIENT)
+            yield everything.cancel_scope
+            await limiter.acquire()
+            acceptors.cancel_scope.cancel()
+
     async def _ask(self, service: str, path: str, host: str) -> Answer:
         self.asked.append(host)
         await trio.sleep(0.1)
@@ -141,7 +161,7 @@ class World:
 
     def stop(self) -> None:
         """Do what a proxy does that stops."""
-        self.front.close()
+        self._acceptors.cancel_scope.cancel()
         self.greeter.closing = True
 
 
@@ -174,36 +194,30 @@ def test_interrupted_at_every_step(
 ) -> None:
     def attempt(step: int) -> bool:
         async def main() -> bool:
-            world, scope = World(), trio.CancelScope()
+            world = World()
             answers: list[bytes] = []
             async with running_poller() as poller:
                 with stream_pair(poller) as (stream, far):
-                    steps = Steps(step, lambda: interrupt(world, scope, far))
-
-                    async def serve() -> None:
-                        with scope:
-                            await world.front.handle(stream, CLIENT)
-                        stream.close()
 
                     async def go() -> None:
                         answers.append(await visit(far))
 
-                    trio.lowlevel.add_instrument(steps)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(go)
-                        nursery.start_soon(serve)
+                        async with world.running(stream) as scope:
+                            steps = Steps(step, functools.partial(interrupt, world, scope, far))
+                            trio.lowlevel.add_instrument(steps)
                     trio.lowlevel.remove_instrument(steps)
                 assert len(poller) == 0, "the connection is closed, whoever had it"
-                assert not world.front._opening
+                assert not world.front._openings
                 assert answers == [b"hello" if world.greeter.served else b""]
-                assert world.greeter.lines.messages == []
+                assert not set(world.greeter.lines.messages) - {"TLS handshakes failed"}
                 if world.greeter.closing:
                     assert 'result="timeout"' not in world.greeter.metrics.render("")[0].decode()
                 # Nobody else suffers: the name is asked about, and its certificate is obtained.
                 world.greeter.closing = False
                 with stream_pair(poller) as (stream, far):
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(world.front.handle, stream, CLIENT)
+                    async with world.running(stream):
                         assert await visit(far) == b"hello"
                         far.shutdown(2)
                 assert world.asked in (["a.test"], ["a.test", "a.test"])
@@ -217,7 +231,7 @@ def test_interrupted_at_every_step(
 
 
 def test_a_certificate_that_openssl_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each handshake costs as little as any that fails, and no line of the log."""
+    """Each handshake costs as little as any that fails, and no line of the log for itself."""
     # What OpenSSL takes depends on its security level, which is not ours to choose.
     weak = attrs.evolve(CERTIFICATE, pem=b"-----BEGIN CERTIFICATE-----\n")
     monkeypatch.setattr(SlowIssuer, "find", lambda self, host: weak)
@@ -226,17 +240,131 @@ def test_a_certificate_that_openssl_refuses(monkeypatch: pytest.MonkeyPatch) -> 
         world = World()
         async with running_poller() as poller:
             with stream_pair(poller) as (stream, far):
-                async with trio.open_nursery() as nursery:
-
-                    async def serve() -> None:
-                        await world.front.handle(stream, CLIENT)
-                        stream.close()
-
-                    nursery.start_soon(serve)
+                async with world.running(stream):
                     assert await visit(far) == b""
-        assert world.greeter.lines.messages == []
+        assert not set(world.greeter.lines.messages) - {"TLS handshakes failed"}
         shown = world.greeter.metrics.render("")[0].decode()
         assert 'kamal_proxy_tls_handshakes_total{result="unusable certificate"} 1.0' in shown
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be a certificate at once, so that no connection needs a task before it speaks."""
+    monkeypatch.setattr(SlowIssuer, "find", lambda self, host: CERTIFICATE)
+
+
+def counted(world: World) -> set[str]:
+    """Return what became of handshakes, as metrics show it."""
+    lines = world.greeter.metrics.render("")[0].decode().splitlines()
+    return {line.partition("{")[2] for line in lines if "handshakes_total{" in line}
+
+
+def test_a_silent_client_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its hello, in the middle of it, and after the handshake: that is no failure."""
+    at_hand(monkeypatch)
+
+    async def main() -> None:
+        world = World()
+        patience = world.greeter.options.head_timeout
+        async with running_poller() as poller:
+            for said in (b"", b"\x16\x03\x01\x02\x00"):
+                begun = trio.current_time()
+                with stream_pair(poller) as (stream, far):
+                    async with world.running(stream):
+                        far.send(said)
+                    assert trio.current_time() - begun == patience
+            assert counted(world) == {'result="timeout"} 2.0'}
+            with stream_pair(poller) as (stream, far):
+                wire = trio.SocketStream(trio.socket.from_stdlib_socket(far))
+                client = trio.SSLStream(wire, TRUSTING, server_hostname="a.test")
+                async with world.running(stream):
+                    await trio.sleep(patience / 2)
+                    await client.do_handshake()
+                    begun = trio.current_time()
+                    assert await client.receive_some() == b"", "it is told that this is the end"
+                assert trio.current_time() - begun == patience
+            assert counted(world) == {'result="timeout"} 2.0', 'result="ok"} 1.0'}
+            assert world.greeter.served == 0
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_clients_run_out_of_time_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_hand(monkeypatch)
+
+    async def main() -> None:
+        world = World()
+        patience = world.greeter.options.head_timeout
+        async with running_poller() as poller, contextlib.AsyncExitStack() as stack:
+            limiter = trio.Semaphore(0)
+            everything = await stack.enter_async_context(trio.open_nursery())
+            everything.start_soon(world.front.run)
+            pairs = [stack.enter_context(stream_pair(poller)) for _ in range(5)]
+            for stream, _ in pairs:
+                world.front.begin(Clients(everything, limiter), stream, CLIENT)
+                await trio.sleep(1)
+            pairs[1][1].close()  # it has left already when its time is over
+            await trio.sleep(patience - 5 + 0.5)
+            for ended in (2, 2, 3, 4, 5):
+                assert limiter.value == ended
+                await trio.sleep(1)
+            everything.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_client_that_reads_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room for the server's part of the handshake for a while."""
+    at_hand(monkeypatch)
+
+    async def main() -> None:
+        world = World()
+        async with running_poller() as poller:
+            with stream_pair(poller) as (stream, far):
+                filled = 0
+                while taken := stream.send_nowait(bytes(1 << 16)):
+                    filled += taken
+                async with world.running(stream):
+                    peer = Peer(far, TRUSTING, name="a.test")
+                    with pytest.raises(ssl.SSLWantReadError):
+                        peer.tls.do_handshake()
+                    far.send(peer.pending())
+                    far.send(b"\x14\x03\x03\x00\x01\x01")  # which is ignored, but arrives first
+                    await wait_all_tasks_blocked()
+                    assert world.front._openings
+                    while filled:
+                        filled -= len(far.recv(min(filled, 1 << 16)))
+                        await wait_all_tasks_blocked()
+                    while not peer.shaken:
+                        peer.shake()
+                        await wait_all_tasks_blocked()
+                    peer.send(b"hi")
+                    await wait_all_tasks_blocked()
+                    assert peer.receive() == b"hello"
+            assert counted(world) == {'result="ok"} 1.0'}
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_bug_costs_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_hand(monkeypatch)
+
+    def fail(self: Handshake, data: bytes) -> None:
+        raise ZeroDivisionError("oops")
+
+    async def main() -> None:
+        world = World()
+        async with running_poller() as poller:
+            with stream_pair(poller) as (stream, far), monkeypatch.context() as broken:
+                broken.setattr(Handshake, "proceed", fail)
+                async with world.running(stream):
+                    assert await visit(far) == b""
+            assert "Connection failed" in world.greeter.lines.messages
+            with stream_pair(poller) as (stream, far):
+                async with world.running(stream):
+                    assert await visit(far) == b"hello"
+                    far.shutdown(2)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
@@ -254,7 +382,7 @@ async def test_strangers_choose_no_names(hosts: tuple[str, ...], name: str) -> N
         Legacy, cast("Issuer", issuer), cast("OnDemand", None), lambda _: Authority("", "certs")
     )
     with pytest.raises(NoCertificateError, match="not allowed"):
-        await selection.context_for(ClientHello(server_name=name))
+        await selection.wait_for(ClientHello(server_name=name))
     assert issuer.requested == []
 
 
@@ -267,4 +395,4 @@ def test_an_address_is_no_name_that_everything_includes(
             return Routes(options=ServiceOptions(tls_enabled=True, hosts=hosts))
 
     selection = Selection(Routes, cast("Issuer", None), cast("OnDemand", None), cast("Any", None))
-    assert selection._asked("1.2.3.4") == chosen
+    assert selection._named("1.2.3.4") == chosen

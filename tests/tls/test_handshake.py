@@ -12,11 +12,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.sockets import Poller, SocketStream
-from kamal_proxy.tls.stream import HandshakeError, TlsStream, alert, handshake
+from kamal_proxy.tls.stream import HandshakeError, TlsStream, alert
 from tests.certificates import Issued, make_ca, self_signed
-from tests.pairs import Steps, running_poller, stream_pair
+from tests.pairs import running_poller, stream_pair
 from tests.tls.hellos import message, real_hello, records, sized
-from tests.tls.peers import CA, VERSIONS, Peer, Result, calling, secured, serve, serving
+from tests.tls.peers import CA, VERSIONS, Peer, Result, calling, handshake, secured, serve, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -369,52 +369,6 @@ async def test_a_clients_certificate_is_refused(
     assert result.error.reason == "the client's certificate is refused: self-signed certificate"
     with pytest.raises(ssl.SSLError, match="unknown ca"):
         peer.receive()
-
-
-# Cancellation
-
-
-@BOTH
-async def test_cancelling_at_each_step(poller: Poller, version: ssl.TLSVersion) -> None:
-    """Whenever that is, the stream is the caller's, or the encrypted one is complete."""
-    cancelled = completed = 0
-    at = 0
-    while not completed:
-        at += 1
-        assert at < 1000
-        with stream_pair(poller) as (stream, far):
-            peer = Peer(far, calling(version))
-            scope = trio.CancelScope()
-            result = Result()
-
-            async def run(
-                stream: SocketStream = stream,
-                scope: trio.CancelScope = scope,
-                result: Result = result,
-            ) -> None:
-                with scope:
-                    await serve(stream, serving(), result)
-
-            steps = Steps(at, scope.cancel)
-            trio.lowlevel.add_instrument(steps)
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(run)
-                    while not (result.stream or result.error or scope.cancelled_caught):
-                        peer.shake()
-                        await wait_all_tasks_blocked()
-            finally:
-                trio.lowlevel.remove_instrument(steps)
-            assert result.error is None
-            if result.stream is None:
-                cancelled += 1
-                far.sendall(b"still mine")
-                assert (await stream.receive()).endswith(b"still mine")
-            else:
-                completed += not scope.cancel_called
-                await result.stream.send(b"x")
-                result.stream.close()
-    assert cancelled > 3
 
 
 async def test_nothing_is_left_open(poller: Poller) -> None:
