@@ -32,7 +32,7 @@ READ_SIZE = 64 * 1024
 
 # A stream whose calls never block must still let other tasks run, and notice its cancellation.
 _CALLS_PER_TURN = 32
-_EVENTS_PER_POLL = 512
+_EVENTS_PER_POLL = 64  # each may be a step of a TLS handshake
 
 # Most streams never find their socket full: the edge with which a new one tells that it can be
 # written to would wake the poller for nothing.

@@ -39,6 +39,11 @@ class HttpsFront:
         self._any = trio.Event()
         self._failures = _Failures()
 
+    @property
+    def connections(self) -> int:
+        """How many connections are being opened, or have said nothing yet."""
+        return len(self._openings)
+
     def begin(self, clients: Clients, stream: SocketStream, address: Address) -> None:
         """Take a connection that was accepted. Whatever its client does ends there."""
         if self._closed:
@@ -77,7 +82,10 @@ class HttpsFront:
         finally:
             self._closed = True
             for opening in tuple(self._openings):
-                opening.end()
+                opening.stop()
+            # What is served from now on is among the server's connections when this has ended.
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
 
     async def _expire(self) -> None:
         """End the connections whose time is over."""

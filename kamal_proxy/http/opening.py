@@ -108,6 +108,12 @@ class Opening:
             self._front.fail("timeout", self._address)
         self.end()
 
+    def stop(self) -> None:
+        """End it because the proxy stops, unless the client has said what only is to be read."""
+        if self._tls is not None:
+            self._guard(self._await_speech)
+        self.end()
+
     def end(self) -> None:
         """Close the connection."""
         if self._scope is not None:
@@ -203,10 +209,10 @@ class Opening:
     def _serve(self) -> None:
         """Let it have a task, which speaks HTTP."""
         assert self._tls is not None
-        self._is_over = True
-        self._front.forget(self)
-        self._tls.tell(self._tls)
         self._clients.serve(self._front.server.handle, self._tls, self._address)
+        self._tls.tell(self._tls)
+        self._front.forget(self)
+        self._is_over = True
 
     def _blame(self, error: Exception) -> bytes:
         """Take note of what ends the connection; return what the client is told."""

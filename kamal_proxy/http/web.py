@@ -146,12 +146,14 @@ class Web:
             server.abort()
 
     def _register_gauges(self) -> None:
-        servers = [server for server, _ in self._bound]
+        counted: list[HttpServer | HttpsFront] = [server for server, _ in self._bound]
+        if self._front is not None:
+            counted.append(self._front)
         for name, text, read in (
             (
                 "kamal_proxy_http_open_connections",
                 "Client connections that are open now.",
-                lambda: sum(server.connections for server in servers),
+                lambda: sum(each.connections for each in counted),
             ),
             (
                 "kamal_proxy_spill_bytes",

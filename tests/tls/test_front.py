@@ -347,6 +347,31 @@ def test_a_client_that_reads_late(monkeypatch: pytest.MonkeyPatch) -> None:
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
+@pytest.mark.parametrize("said", [b"hi", b""])
+def test_what_a_client_has_said_when_the_proxy_stops(
+    monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    """A request that lies in the socket is served, though nobody has read it yet."""
+    at_hand(monkeypatch)
+
+    async def main() -> None:
+        world = World()
+        async with running_poller() as poller:
+            with stream_pair(poller) as (stream, far):
+                async with world.running(stream):
+                    peer = Peer(far, TRUSTING, name="a.test")
+                    while not peer.shaken:
+                        peer.shake()
+                        await wait_all_tasks_blocked()
+                    if said:
+                        peer.send(said)
+                    world._acceptors.cancel_scope.cancel()
+                assert peer.receive() == (b"hello" if said else b"")
+                assert peer.ended
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
 def test_a_bug_costs_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     at_hand(monkeypatch)
 
