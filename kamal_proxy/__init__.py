@@ -28,20 +28,17 @@ if TYPE_CHECKING:
         StateError,
     )
     from kamal_proxy.options import (
-        AcmeOptions,
         DeploymentOptions,
         DeployOptions,
-        HealthCheckOptions,
-        PathTimeout,
         PauseOptions,
         RolloutOptions,
         RolloutSplit,
-        RunOptions,
         ServiceOptions,
         StopOptions,
-        TargetOptions,
     )
     from kamal_proxy.proxy import Proxy, open_proxy
+    from kamal_proxy.run_options import AcmeOptions, RunOptions
+    from kamal_proxy.target_options import HealthCheckOptions, PathTimeout, TargetOptions
     from kamal_proxy.udp.options import (
         SessionOptions,
         UdpDeploymentOptions,
@@ -113,20 +110,17 @@ _HOMES = {
         "StateError",
     ),
     "kamal_proxy.options": (
-        "AcmeOptions",
         "DeployOptions",
         "DeploymentOptions",
-        "HealthCheckOptions",
-        "PathTimeout",
         "PauseOptions",
         "RolloutOptions",
         "RolloutSplit",
-        "RunOptions",
         "ServiceOptions",
         "StopOptions",
-        "TargetOptions",
     ),
     "kamal_proxy.proxy": ("Proxy", "open_proxy"),
+    "kamal_proxy.run_options": ("AcmeOptions", "RunOptions"),
+    "kamal_proxy.target_options": ("HealthCheckOptions", "PathTimeout", "TargetOptions"),
     "kamal_proxy.udp.options": (
         "SessionOptions",
         "UdpDeployOptions",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
-    from kamal_proxy.options import RunOptions, ServiceOptions
+    from kamal_proxy.options import ServiceOptions
     from kamal_proxy.router import RoutingTable
+    from kamal_proxy.run_options import RunOptions
     from kamal_proxy.tls.certificates import Certificate
     from kamal_proxy.tls.on_demand import Ask
 

@@ -18,8 +18,8 @@ import trio
 
 from kamal_proxy.balancer import RoundRobin
 from kamal_proxy.health import Health, ProbeResult, TargetState
-from kamal_proxy.options import HealthCheckOptions, TargetScheme, split_scheme, split_target
 from kamal_proxy.probing import Watch
+from kamal_proxy.target_options import HealthCheckOptions, TargetScheme, split_scheme, split_target
 
 if TYPE_CHECKING:
     from kamal_proxy.logs import Log

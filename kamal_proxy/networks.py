@@ -37,7 +37,7 @@ class Networks:
     """A set of networks. It is true if it has any.
 
     Args:
-        texts: Networks and single addresses, as ``options.py`` allows them: ``192.0.2.0/24``,
+        texts: Networks and single addresses, as ``run_options.py`` allows them: ``192.0.2.0/24``,
             ``2001:db8::/32``, ``10.1.2.3``.
 
     Raises:

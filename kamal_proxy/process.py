@@ -14,7 +14,7 @@ from kamal_proxy.logs import LineWriter
 from kamal_proxy.proxy import Proxy
 
 if TYPE_CHECKING:
-    from kamal_proxy.options import RunOptions
+    from kamal_proxy.run_options import RunOptions
 
 
 def serve(options: RunOptions) -> None:

@@ -44,15 +44,14 @@ if TYPE_CHECKING:
     from kamal_proxy.listeners import Address
     from kamal_proxy.options import (
         DeployOptions,
-        HealthCheckOptions,
         PauseOptions,
         RolloutOptions,
         RolloutSplit,
-        RunOptions,
         StopOptions,
-        TargetScheme,
     )
+    from kamal_proxy.run_options import RunOptions
     from kamal_proxy.sockets import SocketStream
+    from kamal_proxy.target_options import HealthCheckOptions, TargetScheme
     from kamal_proxy.udp.options import UdpDeployOptions
 
 # Of the time for shutting down, this much is kept for telling those who did not finish, and this

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from kamal_proxy.deployment import Deployment
     from kamal_proxy.logs import Log
-    from kamal_proxy.options import HealthCheckOptions
     from kamal_proxy.state import SavedService
+    from kamal_proxy.target_options import HealthCheckOptions
 
 
 class NewDeployment(Protocol):

@@ -1,6 +1,6 @@
 """Rules about single values that options of several kinds share, and their sentences.
 
-``options`` and ``udp.options`` say which value must keep which rule. Each rule names the option as
+The modules of options say which value must keep which rule. Each rule names the option as
 the command line writes it, without the dashes. Knows no option class; pure.
 """
 

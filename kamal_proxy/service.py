@@ -16,8 +16,9 @@ from kamal_proxy.control.messages import ServiceDescription
 from kamal_proxy.deployment import Deployment
 from kamal_proxy.health import TargetState
 from kamal_proxy.matching import decoded_path, has_prefix, host_name
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state import SavedPause, SavedRollout, SavedService
+from kamal_proxy.target_options import TargetOptions
 from kamal_proxy.tls.files import TlsFiles
 
 if TYPE_CHECKING:

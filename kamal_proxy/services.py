@@ -1,8 +1,7 @@
 """The services of one proxy, and every change of them: deploy, remove, pause, rollout, restore.
 
-Owns the routing table and the saved state. The table is replaced whole, in one assignment, under a
-lock that is held while the state is written and never while a drain is waited for. Deployments run
-in the nursery that the proxy gives.
+The one face of ``saved_routes``, ``switching`` and ``holding``. Deployments run in the nursery that
+the proxy gives; those that drain are remembered here.
 """
 
 from __future__ import annotations
@@ -14,18 +13,16 @@ import attrs
 import trio
 
 from kamal_proxy.balancer import split_point
-from kamal_proxy.deployment import Deployment, DrainResult, Target
-from kamal_proxy.errors import (
-    ResumedError,
-    RolloutNotSetError,
-    ServiceNotFoundError,
-    ShuttingDownError,
-)
-from kamal_proxy.reports import Report, not_healthy
+from kamal_proxy.deployment import Deployment, DrainResult
+from kamal_proxy.errors import RolloutNotSetError, ServiceNotFoundError
+from kamal_proxy.holding import Holding
+from kamal_proxy.reports import Report
 from kamal_proxy.restoring import restored
 from kamal_proxy.router import RoutingTable
+from kamal_proxy.saved_routes import SavedRoutes
 from kamal_proxy.service import Pages, Service
 from kamal_proxy.state import SavedPause, SavedRollout
+from kamal_proxy.switching import Switching
 from kamal_proxy.tls.files import TlsFiles
 from kamal_proxy.tls.reloading import tell_doubts
 
@@ -34,13 +31,11 @@ if TYPE_CHECKING:
 
     from kamal_proxy.control.messages import Event, ServiceDescription
     from kamal_proxy.deployment import Connect, Probe
-    from kamal_proxy.health import ProbeResult
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
     from kamal_proxy.options import (
         DeploymentOptions,
         DeployOptions,
-        HealthCheckOptions,
         PauseOptions,
         RolloutOptions,
         RolloutSplit,
@@ -94,35 +89,34 @@ class Services:
     ) -> None:
         self._state = state
         self._log = log
-        self._probe = probe
-        self._connect = connect
         self._load_pages = load_pages
         self._certificates = certificates
         self._metrics = metrics
-        self._commit = trio.Lock()
-        # Threads of their own: neither a slow name service nor a slow directory may hold up
-        # the state.
-        self._saving = trio.CapacityLimiter(1)
+        # Threads of their own: a slow directory may hold up nothing else.
         self._loading = trio.CapacityLimiter(_MAX_LOADS)
         self._draining: list[tuple[str, Deployment]] = []
-        self._nursery: trio.Nursery | None = None
-        self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
-        #: The routing table of this moment; never changed, only replaced.
-        self.routes = RoutingTable()
+        self._routes = SavedRoutes(state, certificates.want)
+        self._switching = Switching(
+            self._routes, log, probe=probe, connect=connect, metrics=metrics
+        )
+        self._holding = Holding(self._routes, log)
+
+    @property
+    def routes(self) -> RoutingTable:
+        """The routing table of this moment; never changed, only replaced."""
+        return self._routes.table
 
     async def start(self, nursery: trio.Nursery, restored: list[Service]) -> None:
         """Start to take changes; deployments run in ``nursery``, restored ones first."""
         for service in restored:
             for deployment in service.deployments:
                 await nursery.start(deployment.run)
-        self._show(RoutingTable({service.name: service for service in restored}))
-        self._nursery = nursery
+        self._routes.show(RoutingTable({service.name: service for service in restored}))
+        self._switching.start(nursery)
 
     def close(self) -> None:
         """Take no further changes; deploys that have not switched yet fail."""
-        self._nursery = None
-        for pending in self._pending:
-            pending.cancel(reason="the proxy stops")
+        self._switching.close()
 
     # Deploying
 
@@ -152,7 +146,7 @@ class Services:
         """
         options.validate()
         report = Report(progress, self._log)
-        self._running()
+        self._switching.require_nursery()
         pages = tls = None
         if options.service_options.error_page_path:
             pages = await self._load(self._load_pages, options.service_options.error_page_path)
@@ -161,7 +155,7 @@ class Services:
             tls = TlsFiles(options.service_options)
             await self._load(TlsFiles.load, tls)
             tell_doubts(options.service, tls, self._log)
-        deployment = self._new_deployment(
+        deployment = self._switching.new_deployment(
             options.service,
             options.targets,
             options.read_targets,
@@ -231,12 +225,12 @@ class Services:
         """
         options.validate()
         report = Report(progress, self._log)
-        self._running()
-        deployment = self._new_deployment(
+        self._switching.require_nursery()
+        deployment = self._switching.new_deployment(
             name,
             options.targets,
             options.read_targets,
-            self._service(name).target_options.health_check,
+            self._routes.service(name).target_options.health_check,
             forced=options.deployment_options.force,
         )
 
@@ -263,7 +257,7 @@ class Services:
         deployment.watch.on_probe = report.probe
         switched = False
         try:
-            replaced = await self._switch(name, deployment, options, install, report)
+            replaced = await self._switching.switch(name, deployment, options, install, report)
             switched = True
         finally:
             self._metrics.deploy(name, "ok" if switched else "failed", report.elapsed)
@@ -278,46 +272,6 @@ class Services:
             watchers.cancel_scope.cancel(reason="drained")
         return result
 
-    async def _switch(
-        self,
-        name: str,
-        deployment: Deployment,
-        options: DeploymentOptions,
-        install: Callable[[Service | None], Service],
-        report: Report,
-    ) -> Deployment | None:
-        """Start a deployment, wait for its health and install it; return the one it replaces.
-
-        Whatever comes between, the new deployment is retired again and nothing has changed.
-        """
-        await self._running().start(deployment.run)
-        installed = False
-        try:
-            with trio.CancelScope() as pending:
-                self._pending.add(pending)
-                if not options.force:
-                    with trio.move_on_after(options.deploy_timeout) as waiting:
-                        await deployment.watch.wait_until_healthy()
-                    if waiting.cancelled_caught:
-                        raise not_healthy(deployment.targets, options.deploy_timeout)
-                    report("healthy")
-                async with self._commit:
-                    current = self.routes.get(name)
-                    service = install(current)
-                    await self._replace_routes(self.routes.with_service(service))
-                installed = True
-        finally:
-            self._pending.discard(pending)
-            deployment.watch.on_probe = None
-            if not installed:
-                deployment.retire(0)
-        if not installed:
-            raise ShuttingDownError("the proxy is shutting down")
-        if current is None:
-            return None
-        kept = tuple(service.deployments)
-        return next((old for old in current.deployments if old not in kept), None)
-
     # Other changes
 
     async def remove(self, name: str) -> None:
@@ -328,10 +282,10 @@ class Services:
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
-        self._running()
-        async with self._commit:
-            service = self._service(name)
-            await self._replace_routes(self.routes.without_service(name))
+        self._switching.require_nursery()
+        async with self._routes.lock:
+            service = self._routes.service(name)
+            await self._routes.replace(self.routes.without_service(name))
         service.released.set()
         for deployment in service.deployments:
             self._retire(name, deployment, math.inf)
@@ -360,7 +314,8 @@ class Services:
         """
         options.validate()
         pause = SavedPause(state="paused", fail_after=options.max_pause)
-        return await self._hold(name, pause, options.drain_timeout, progress)
+        self._switching.require_nursery()
+        return await self._holding.hold(name, pause, options.drain_timeout, progress)
 
     async def stop_service(
         self, name: str, options: StopOptions, progress: Callable[[Event], None] | None = None
@@ -371,7 +326,8 @@ class Services:
         """
         options.validate()
         pause = SavedPause(state="stopped", stop_message=options.message)
-        return await self._hold(name, pause, options.drain_timeout, progress)
+        self._switching.require_nursery()
+        return await self._holding.hold(name, pause, options.drain_timeout, progress)
 
     async def resume(self, name: str) -> None:
         """Serve a paused or stopped service again; requests that wait go on.
@@ -381,7 +337,8 @@ class Services:
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
-        await self._change_pause(name, SavedPause())
+        self._switching.require_nursery()
+        await self._holding.change(name, SavedPause())
         self._log.info("Service resumed", service=name)
 
     async def set_rollout(self, name: str, split: RolloutSplit) -> None:
@@ -395,17 +352,17 @@ class Services:
             ShuttingDownError: the proxy is not running.
         """
         split.validate()
-        self._running()
+        self._switching.require_nursery()
         saved = SavedRollout(
             percentage=split.percentage,
             percentage_split_point=split_point(split.percentage),
             allowlist=split.allowlist,
         )
-        async with self._commit:
-            service = self._service(name)
+        async with self._routes.lock:
+            service = self._routes.service(name)
             if service.rollout is None:
                 raise RolloutNotSetError("rollout target not set")
-            await self._replace_routes(self.routes.with_service(attrs.evolve(service, split=saved)))
+            await self._routes.replace(self.routes.with_service(attrs.evolve(service, split=saved)))
         self._log.info(
             "Set rollout split",
             service=name,
@@ -421,126 +378,19 @@ class Services:
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
-        self._running()
-        async with self._commit:
-            service = attrs.evolve(self._service(name), split=None)
-            await self._replace_routes(self.routes.with_service(service))
+        self._switching.require_nursery()
+        async with self._routes.lock:
+            service = attrs.evolve(self._routes.service(name), split=None)
+            await self._routes.replace(self.routes.with_service(service))
         self._log.info("Stopped rollout", service=name)
 
-    async def _hold(
-        self,
-        name: str,
-        pause: SavedPause,
-        drain_timeout: float,
-        progress: Callable[[Event], None] | None,
-    ) -> DrainResult:
-        """Pause or stop a service, and drain what it is serving."""
-        report = Report(progress, self._log)
-        service = await self._change_pause(name, pause)
-        self._log.info(f"Service {pause.state}", service=name)
-        results: list[DrainResult] = []
-        drained = False
-
-        async def drain(deployment: Deployment) -> None:
-            results.append(await deployment.drain(drain_timeout))
-
-        async with trio.open_nursery() as watchers:
-            watchers.start_soon(
-                report.tell_draining,
-                lambda: sum(deployment.in_flight for deployment in service.deployments),
-            )
-            watchers.start_soon(self._watch_resumed, service, watchers.cancel_scope)
-            async with trio.open_nursery() as drains:
-                for deployment in service.deployments:
-                    drains.start_soon(drain, deployment)
-            drained = True
-            watchers.cancel_scope.cancel(reason="drained")
-        if not drained:
-            raise ResumedError(f"service {name} was resumed while it drained")
-        self._log.info("Service drained", service=name)
-        result = sum(results, DrainResult())
-        report.done(result)
-        return result
-
-    async def _watch_resumed(self, service: Service, scope: trio.CancelScope) -> None:
-        """Call a drain off once the service runs again: then nothing has to end any more."""
-        current: Service | None = service
-        while current is not None and current.pause.state != "running":
-            await current.released.wait()
-            current = self.routes.get(service.name)
-        if current is not None:
-            scope.cancel(reason="resumed")
-
-    async def _change_pause(self, name: str, pause: SavedPause) -> Service:
-        self._running()
-        async with self._commit:
-            before = self._service(name)
-            if pause.state != "paused":
-                # The Go proxy goes on saving how long the last pause was.
-                pause = attrs.evolve(pause, fail_after=before.pause.fail_after)
-            service = attrs.evolve(before, pause=pause, released=trio.Event())
-            await self._replace_routes(self.routes.with_service(service))
-        before.released.set()
-        return service
-
     # What they have in common
-
-    def _running(self) -> trio.Nursery:
-        if self._nursery is None:
-            raise ShuttingDownError("the proxy is not running")
-        return self._nursery
-
-    def _service(self, name: str) -> Service:
-        service = self.routes.get(name)
-        if service is None:
-            raise ServiceNotFoundError("service not found")
-        return service
-
-    def _new_deployment(
-        self,
-        name: str,
-        targets: tuple[str, ...],
-        readers: tuple[str, ...],
-        health_check: HealthCheckOptions,
-        *,
-        trusted: bool = False,
-        forced: bool = False,
-    ) -> Deployment:
-        async def probe(target: Target, options: HealthCheckOptions) -> ProbeResult:
-            result = await self._probe(target, options)
-            self._metrics.probe(name, result.ok)
-            return result
-
-        return Deployment(
-            targets,
-            readers=readers,
-            health_check=health_check,
-            probe=probe,
-            connect=self._connect,
-            log=self._log,
-            trusted=trusted,
-            forced=forced,
-        )
 
     def _retire(self, name: str, deployment: Deployment, drain_timeout: float) -> None:
         """Begin to drain what was taken out of routing, and remember it for :meth:`describe`."""
         self._draining = [entry for entry in self._draining if not entry[1].drained]
         self._draining.append((name, deployment))
         deployment.retire(drain_timeout)
-
-    async def _replace_routes(self, routes: RoutingTable) -> None:
-        """Save the state, then switch to the new table; if it can't be saved, nothing changes.
-
-        The write is not abandoned when cancelled, so that file and table never disagree.
-        """
-        if self._state is not None:
-            saved = [service.saved() for service in routes]
-            await trio.to_thread.run_sync(self._state.save, saved, limiter=self._saving)
-        self._show(routes)
-
-    def _show(self, routes: RoutingTable) -> None:
-        self.routes = routes
-        self._certificates.want(routes)
 
     async def _load(self, load: Callable[[A], R], what: A) -> R:
         """Read files in a thread, which is left alone if nobody waits for it any more."""
@@ -576,7 +426,8 @@ class Services:
             self._log.info("No previous state to restore", path=self._state.path)
             return []
         services = [
-            restored(entry, self._new_deployment, self._load_pages, self._log) for entry in saved
+            restored(entry, self._switching.new_deployment, self._load_pages, self._log)
+            for entry in saved
         ]
         self._log.info("Restored saved state", path=self._state.path)
         return services

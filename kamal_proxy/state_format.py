@@ -32,13 +32,8 @@ from kamal_proxy.json_format import (
     targets,
     unchanged,
 )
-from kamal_proxy.options import (
-    HealthCheckOptions,
-    PathTimeout,
-    ServiceOptions,
-    TargetOptions,
-    split_target,
-)
+from kamal_proxy.options import ServiceOptions
+from kamal_proxy.target_options import HealthCheckOptions, PathTimeout, TargetOptions, split_target
 
 PauseState = Literal["running", "paused", "stopped"]
 _PAUSE_STATES: tuple[PauseState, ...] = ("running", "paused", "stopped")  # Go's 0, 1, 2

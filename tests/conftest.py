@@ -1,4 +1,4 @@
-"""Fixtures for tests that need a whole proxy: see `scripted` and `running` for what they offer."""
+"""Fixtures for tests that need a whole proxy (see `scripted` and `running`), or only a poller."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.fuzzing import register_profile
+from tests.pairs import running_poller
 from tests.running import Command, Embedded, open_command, open_directory, open_embedded
 from tests.scripted import Client, Upstream, open_client, open_upstream
 
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from kamal_proxy.sockets import Poller
+
 register_profile()
+
+
+@pytest.fixture
+async def poller() -> AsyncIterator[Poller]:
+    """Run a poller; at the end no stream of it may be left open."""
+    async with running_poller() as poller:
+        yield poller
 
 
 @pytest.fixture

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import pytest
 
     from kamal_proxy.deployment import DrainResult
-    from kamal_proxy.options import HealthCheckOptions
     from kamal_proxy.probing import Watched
     from kamal_proxy.router import RoutingTable
     from kamal_proxy.service import Service
+    from kamal_proxy.target_options import HealthCheckOptions
 
 HANG = "hang"
 

@@ -7,15 +7,18 @@ never jumps over data on its way.
 from __future__ import annotations
 
 import socket
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.sockets import Poller, SocketStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+
+READ_SIZE = 1 << 20
 
 
 @asynccontextmanager
@@ -43,6 +46,77 @@ def stream_pair(poller: Poller) -> Iterator[tuple[SocketStream, socket.socket]]:
             yield stream, far
         finally:
             stream.close()
+
+
+class SocketPeer:
+    """The far end of a plain stream, moved by hand; TLS has its own (tests/tls/peers.py).
+
+    Attributes:
+        far: Its socket, which does not block.
+        ended: Whether the stream has said that nothing follows.
+        closed: Whether the connection has ended, whatever was said before.
+    """
+
+    def __init__(self, far: socket.socket) -> None:
+        self.far = far
+        self.ended = False
+        self.closed = False
+
+    def send(self, data: bytes) -> None:
+        """Send some data."""
+        self.far.sendall(data)
+
+    def receive(self) -> bytes:
+        """Return what has arrived."""
+        data = b"".join(self._parts())
+        self.ended = self.closed
+        return data
+
+    async def drain(self) -> bytes:
+        """Read, and let the stream go on, until nothing comes any more; return what came."""
+        data = b""
+        while part := self.receive():
+            data += part
+            await wait_all_tasks_blocked()
+        return data
+
+    def end(self) -> None:
+        """Say that nothing follows; reading goes on."""
+        self.far.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close the connection, having read what was sent: with that unread it is a reset."""
+        self.receive()
+        self.far.close()
+
+    def _parts(self) -> Iterator[bytes]:
+        """Read what the socket has."""
+        with suppress(BlockingIOError):
+            while part := self.far.recv(READ_SIZE):
+                yield part
+            self.closed = True
+
+
+@asynccontextmanager
+async def watching(
+    reader: SocketStream, watched: SocketStream
+) -> AsyncIterator[list[bytes | None]]:
+    """Have a stream read while it watches another one, which must end with the block.
+
+    Yields:
+        Where its result comes.
+    """
+    got: list[bytes | None] = []
+
+    async def read() -> None:
+        got.append(await reader.receive_watching(watched, 100))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        yield got
+        await wait_all_tasks_blocked()
+        assert got, "it still reads, and watches"
 
 
 class Steps(trio.abc.Instrument):

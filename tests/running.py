@@ -22,7 +22,7 @@ import attrs
 import trio
 
 from kamal_proxy import DeployOptions, Proxy, RunOptions, open_proxy
-from kamal_proxy.options import AcmeOptions
+from kamal_proxy.run_options import AcmeOptions
 from kamal_proxy.sockets import Poller, SocketStream
 from tests.scripted import fail_hanging_test
 

@@ -18,14 +18,16 @@ ROOT = Path(kamal_proxy.__file__).parent
 LAYERS = [
     {"errors", "_fastpath"},
     {"durations", "logs", "matching", "metrics", "networks", "proxy_protocol", "rules"},
-    {"options", "udp.options", "json_format"},
+    {"run_options", "target_options", "udp.options", "json_format"},
+    {"options"},
     {"balancer", "health", "control.messages", "state_format"},
     {"state", "sockets", "control.client", "probing"},
     {"deployment", "listeners", "tls"},
     {"service"},
     {"router"},
-    {"certificates"},
+    {"certificates", "saved_routes"},
     {"http", "reports", "restoring"},
+    {"holding", "switching"},
     {"services", "udp"},
     {"all_services"},
     # The admin API and the metrics are served by the project's own HTTP codec.
@@ -34,8 +36,8 @@ LAYERS = [
     {"process"},
 ]
 CLI_MAY_KNOW = {
-    "cli", "errors", "durations", "rules", "options", "udp.options", "control.messages",
-    "control.client",
+    "cli", "errors", "durations", "rules", "options", "run_options", "target_options",
+    "udp.options", "control.messages", "control.client",
 }  # fmt: skip
 PURE = {
     "balancer",
@@ -66,7 +68,9 @@ PURE = {
     "proxy_protocol",
     "router",
     "rules",
+    "run_options",
     "state_format",
+    "target_options",
     "tls.hello",
     "tls.schedule",
     "udp.affinity",

@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.deployment import _UNWIND, Deployment, DrainResult, Target
 from kamal_proxy.health import ProbeResult, TargetState
-from kamal_proxy.options import HealthCheckOptions
+from kamal_proxy.target_options import HealthCheckOptions
 from tests.deploying import HANG, Connections, Lines, Probes, Request, run_with_every_cancellation
 from tests.pairs import Steps
 

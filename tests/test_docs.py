@@ -6,7 +6,6 @@ import ast
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from kamal_proxy.metrics import Metrics
 from kamal_proxy.options import DeployOptions
 from kamal_proxy.udp.metrics import UdpMetrics
 from kamal_proxy.udp.options import UdpDeployOptions
+from tests.e2e.programs import needs
 from tests.examples import FENCED, Example, examples_in
 from tests.running import ROOT, Command, Embedded, open_instance
 
@@ -47,7 +47,7 @@ def comparable(lines: list[str]) -> list[str]:
     return [line for i, line in enumerate(timeless) if not i or line != timeless[i - 1]]
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@needs("curl", package="curl")
 async def test_the_curl_examples_do_what_the_page_says(command: Command) -> None:
     examples = examples_in(ROOT / "docs" / "admin-api.md")
     assert len(examples) > 10
@@ -361,4 +361,6 @@ def test_arrows_point_down() -> None:
         if name.startswith("http/"):
             assert not among(("control", "services"), every), name
         if name == "sockets.py":
-            assert not among(("http", "control", "services", "deployment", "options"), every), name
+            users = ("http", "control", "services", "deployment")
+            options = ("options", "run_options", "target_options")
+            assert not among(users + options, every), name

@@ -16,22 +16,15 @@ from trio.testing import wait_all_tasks_blocked
 from kamal_proxy import listeners
 from kamal_proxy.errors import ControlSocketError, ListenError
 from kamal_proxy.listeners import Clients, listen_tcp, listen_unix
-from tests.pairs import running_poller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from trio.testing import MockClock
 
     from kamal_proxy.listeners import Handle
     from kamal_proxy.sockets import Poller, SocketStream
-
-
-@pytest.fixture
-async def poller() -> AsyncIterator[Poller]:
-    async with running_poller() as poller:
-        yield poller
 
 
 # Listening

@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 
 from kamal_proxy.errors import InvalidOptionsError
-from kamal_proxy.options import (
+from kamal_proxy.options import DeploymentOptions, DeployOptions, ServiceOptions
+from kamal_proxy.run_options import (
     AcmeOptions,
-    DeploymentOptions,
-    DeployOptions,
-    HealthCheckOptions,
     RunOptions,
-    ServiceOptions,
-    TargetOptions,
     default_data_directory,
     default_socket_path,
-    split_scheme,
-    split_target,
 )
+from kamal_proxy.target_options import HealthCheckOptions, TargetOptions, split_scheme, split_target
 
 
 def refusal(options: Any) -> str:

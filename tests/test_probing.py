@@ -10,8 +10,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.health import Health, ProbeResult
-from kamal_proxy.options import HealthCheckOptions
 from kamal_proxy.probing import Watch
+from kamal_proxy.target_options import HealthCheckOptions
 from tests.deploying import HANG, Lines, Probes, run_with_every_cancellation
 from tests.pairs import Steps
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kamal_proxy.errors import HostConflictError
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.service import Service
+from kamal_proxy.target_options import TargetOptions
 from kamal_proxy.tls.files import TlsFiles
 from tests.reference import routing
 

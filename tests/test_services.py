@@ -25,9 +25,10 @@ from kamal_proxy.errors import (
 )
 from kamal_proxy.http.error_pages import load_error_pages
 from kamal_proxy.metrics import Metrics
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.services import Services
 from kamal_proxy.state import SavedPause, SavedService, StateFile
+from kamal_proxy.target_options import TargetOptions
 from tests.deploying import (
     HANG,
     Connections,

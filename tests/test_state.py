@@ -16,9 +16,10 @@ import pytest
 from kamal_proxy import state, state_format
 from kamal_proxy.errors import StateError
 from kamal_proxy.json_format import MAX_SIZE, StateFormatError
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state import SavedPause, SavedService, StateFile
 from kamal_proxy.state_format import encode
+from kamal_proxy.target_options import TargetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

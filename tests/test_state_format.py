@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kamal_proxy.json_format import StateFormatError
-from kamal_proxy.options import HealthCheckOptions, PathTimeout, ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state_format import SavedPause, SavedRollout, SavedService, decode, encode
+from kamal_proxy.target_options import HealthCheckOptions, PathTimeout, TargetOptions
 
 SAMPLES = Path(__file__).parent / "samples"
 

@@ -12,15 +12,9 @@ from kamal_proxy.cli.arguments import Bool, Duration, Int, Kind, Strings, Text, 
 from kamal_proxy.cli.output import Progress
 from kamal_proxy.durations import parse_duration
 from kamal_proxy.errors import InvalidDurationError, UsageError
-from kamal_proxy.options import (
-    DeploymentOptions,
-    DeployOptions,
-    HealthCheckOptions,
-    PathTimeout,
-    ServiceOptions,
-    TargetOptions,
-    default_data_directory,
-)
+from kamal_proxy.options import DeploymentOptions, DeployOptions, ServiceOptions
+from kamal_proxy.run_options import default_data_directory
+from kamal_proxy.target_options import HealthCheckOptions, PathTimeout, TargetOptions
 
 ACME_STAGING_DIRECTORY = "https://acme-staging-v02.api.letsencrypt.org/directory"
 

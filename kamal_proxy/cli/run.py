@@ -30,7 +30,7 @@ from kamal_proxy.cli.arguments import (
 )
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import InvalidOptionsError, KamalProxyError
-from kamal_proxy.options import (
+from kamal_proxy.run_options import (
     HTTPS_PORT,
     AcmeOptions,
     RunOptions,

@@ -31,7 +31,7 @@ from kamal_proxy.errors import (
     KamalProxyError,
     ServiceNotFoundError,
 )
-from kamal_proxy.options import default_socket_path
+from kamal_proxy.run_options import default_socket_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

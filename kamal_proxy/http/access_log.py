@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kamal_proxy.http.reasons import Reason
     from kamal_proxy.http.server import HttpServer
     from kamal_proxy.listeners import Address
-    from kamal_proxy.options import TargetOptions
+    from kamal_proxy.target_options import TargetOptions
 
 _NO_HEAD = RequestHead(b"", b"", b"", [], 0)
 

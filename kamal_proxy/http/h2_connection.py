@@ -9,7 +9,7 @@ that reads nothing gets nothing done.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
 from h2.errors import ErrorCodes
@@ -27,24 +27,19 @@ from h2.events import (
 from h2.exceptions import DenialOfServiceError
 from h2.exceptions import ProtocolError as Http2Error
 
-from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.h2_codec import CONNECTION_WINDOW, MAX_STREAMS, SPACE_FOR_ERRORS, ServerCodec
 from kamal_proxy.http.h2_guard import HEAD, FloodError, FrameError, FrameGuard
 from kamal_proxy.http.h2_output import Output
 from kamal_proxy.http.h2_stream import H2Stream
 from kamal_proxy.http.h2_turns import Turns
+from kamal_proxy.http.multiplexed_connection import MultiplexedConnection
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.http.stream_heads import MalformedError
-from kamal_proxy.http.stream_intake import (
-    log_headless,
-    read_head,
-    read_trailers,
-    refusal_fields,
-)
+from kamal_proxy.http.stream_intake import read_trailers
 from kamal_proxy.sockets import READ_SIZE, drop
 
 if TYPE_CHECKING:
-    from kamal_proxy.deployment import Drain
+    from kamal_proxy.http.codec import HeaderPairs
     from kamal_proxy.http.server import HttpServer
     from kamal_proxy.listeners import Address
     from kamal_proxy.sockets import SocketStream
@@ -56,14 +51,13 @@ _LITTLE = 8 * 1024  # bytes that may wait for a moment
 _FEW = 2  # requests at once that are hardly answered at the same moment
 _FRAMES_PER_TURN = 64  # until the other tasks have theirs
 _MAX_STREAM_ID = 2**31 - 1
-_LAST_CALL = 1.0  # seconds for requests that were sent before the client heard of a drain
 _LAST_CALL_PING = b"lastcall"
 _LINGER = 5.0  # seconds after which a client has read the last response
 _END_TIMEOUT = 5.0  # seconds for what is left to be said at the end
 
 
-class H2Connection:
-    """One HTTP/2 connection of a client: a ``client_side.ServedConnection``.
+class H2Connection(MultiplexedConnection[H2Stream]):
+    """One HTTP/2 connection of a client.
 
     Args:
         stream: Its stream; the preface comes next on it.
@@ -72,89 +66,33 @@ class H2Connection:
 
     Attributes:
         stream: Its stream.
-        address: The client's, or what a PROXY protocol header said that it is.
-        server: Whose connection it is.
         codec: What reads and writes HTTP/2 on it.
         guard: What limits what the client may send.
         output: What waits to be written.
-        client_ca: PEM certificates by which the client's own was verified, if it was.
-        vouched: Whether the client is one of the trusted proxies.
-        believed: Whether what it says about the hops before it is believed.
-        drain: The drain of the whole proxy, once that has begun.
     """
 
     __slots__ = (
         "_block",
-        "_idle_since",
-        "_last_called",
-        "_leaving",
-        "_nursery",
-        "_ponged",
         "_reading",
-        "_refusing",
-        "_served",
-        "_streams",
         "_turns",
-        "address",
-        "believed",
-        "client_ca",
         "codec",
-        "drain",
         "guard",
         "output",
-        "server",
         "stream",
-        "vouched",
     )
 
+    VERSION: ClassVar[bytes] = b"2.0"
+
     def __init__(self, stream: SocketStream, address: Address, server: HttpServer) -> None:
+        super().__init__(server, address, stream.client_ca)
         self.stream = stream
-        self.address = address
-        self.server = server
-        trusted = server.trusted_proxies
-        self.vouched = bool(trusted) and address[0] in trusted
-        self.believed = self.vouched or not trusted
-        self.client_ca = stream.client_ca
-        self.drain: Drain | None = None
         limit = server.options.max_head_size
         self.codec = ServerCodec(limit)
         self.guard = FrameGuard(SPACE_FOR_ERRORS * limit, trio.current_time())
-        self._streams: dict[int, H2Stream] = {}
-        self._served = False  # a request has come
-        self._idle_since = trio.current_time()
-        self._nursery: trio.Nursery | None = None
         self._reading = trio.CancelScope()
         self._block = 0  # which of the heads in several frames the deadline is for
         self._turns = Turns(self.codec)
         self.output = Output(stream, server.options.stall_timeout, self._lose, self.pump)
-        # The end
-        self._leaving = False  # the client was told that new requests are not welcome
-        self._refusing = False  # it was told which were the last
-        self._ponged = trio.Event()
-
-    @property
-    def is_idle(self) -> bool:
-        """Never: also a connection without requests is left only after the client was told."""
-        return False
-
-    def begin_drain(self, drain: Drain) -> None:
-        """Tell the client to go elsewhere; what it has asked for, or is asking for, is answered."""
-        self.drain = drain
-        for stream in self._streams.values():
-            stream.begin_drain(drain)
-        if self._nursery is not None and not self._leaving:
-            self._leaving = True
-            # Requests may be under way: which is the last is said when they must have arrived.
-            self.codec.close_connection(last_stream_id=_MAX_STREAM_ID)
-            self.codec.ping(_LAST_CALL_PING)
-            self.flush()
-            self._nursery.start_soon(self._last_call)
-
-    def cancel(self, reason: Reason) -> None:
-        """Interrupt what the connection is doing now; nothing new begins."""
-        for stream in list(self._streams.values()):
-            stream.cancel(reason)
-        self._refuse_more()
 
     async def run(self) -> None:
         """Serve the connection until it ends. The caller closes the stream."""
@@ -227,17 +165,15 @@ class H2Connection:
 
     def _move_deadline(self) -> None:
         """Limit how long the client may say nothing, where it owes something."""
-        options = self.server.options
         if self.guard.in_block:
             if self._block != self.guard.blocks:
                 self._block = self.guard.blocks
-                self._reading.deadline = trio.current_time() + options.head_timeout
+                head_timeout = self.server.options.head_timeout
+                self._reading.deadline = trio.current_time() + head_timeout
         elif self._streams:
             self._reading.deadline = math.inf
         else:
-            # As over HTTP/1.1, a new connection owes a request sooner.
-            patience = options.idle_timeout if self._served else options.head_timeout
-            self._reading.deadline = self._idle_since + patience
+            self._reading.deadline = self._idle_since + self._patience
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, DataReceived):
@@ -279,15 +215,8 @@ class H2Connection:
         if server.streams >= server.max_streams:
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
             return
-        try:
-            head = read_head(server, _fields(event.headers), version=b"2.0", ended=ended)
-        except MalformedError as error:
-            self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
-            self._log_headless(Reason.BAD_REQUEST.status, str(error))
-            self.count_reset()
-            return
-        except ProtocolError as error:
-            self._refuse_head(stream_id, error, ended=ended)
+        head = self._read_head(stream_id, _fields(event.headers), ended=ended)
+        if head is None:
             return
         stream = H2Stream(self, stream_id, head, ended=ended)
         self._streams[stream_id] = stream
@@ -358,16 +287,13 @@ class H2Connection:
         """
         self.guard.reset(trio.current_time())
 
-    def _refuse_head(self, stream_id: int, error: ProtocolError, *, ended: bool) -> None:
-        """Answer a request that can't be served, but could be read."""
-        self.codec.send_headers(stream_id, refusal_fields(self.server, error), end_stream=True)
+    def _reset_malformed(self, stream_id: int) -> None:
+        self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
+
+    def _answer_refused(self, stream_id: int, fields: HeaderPairs, *, ended: bool) -> None:
+        self.codec.send_headers(stream_id, fields, end_stream=True)
         if not ended:
             self.reset(stream_id, ErrorCodes.NO_ERROR)
-        self._log_headless(error.status, str(error))
-        self.count_reset()
-
-    def _log_headless(self, status: int, why: str) -> None:
-        log_headless(self.server, self.address, b"2.0", status, why)
 
     # What is sent
 
@@ -438,26 +364,19 @@ class H2Connection:
         self.codec.close_connection(code)
         self.flush()
 
-    async def _last_call(self) -> None:
-        """Wait for requests that were under way when the drain began, then say which was the last.
+    def _ask_to_leave(self) -> None:
+        self.codec.close_connection(last_stream_id=_MAX_STREAM_ID)
+        self.codec.ping(_LAST_CALL_PING)
+        self.flush()
 
-        The client's answer to a PING comes after whatever it has sent before it knew.
-        """
-        with trio.move_on_after(_LAST_CALL):
-            await self._ponged.wait()
-        self._refuse_more()
+    def _tell_last(self) -> None:
+        self._close(ErrorCodes.NO_ERROR)
 
-    def _refuse_more(self) -> None:
-        if not self._refusing:
-            self._close(ErrorCodes.NO_ERROR)
-        self._end_if_done()
-
-    def _end_if_done(self) -> None:
-        if self._refusing and not self._streams:
-            self._ponged.set()  # nothing can be under way any more that matters
-            self._reading.cancel(reason="there is nothing more to do")
+    def _end(self) -> None:
+        self._ponged.set()  # nothing can be under way any more that matters
+        self._reading.cancel(reason="there is nothing more to do")
 
 
-def _fields(headers: Any) -> list[tuple[bytes, bytes]]:
+def _fields(headers: Any) -> HeaderPairs:
     """Return received fields as what they are: the library's types allow text as well."""
     return headers or []

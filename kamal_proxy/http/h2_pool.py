@@ -23,8 +23,8 @@ from kamal_proxy.http.upstream import (
 if TYPE_CHECKING:
     from kamal_proxy.http.h2_upstream import H2Upstream
     from kamal_proxy.http.target_side import Pool
-    from kamal_proxy.options import TargetScheme
     from kamal_proxy.sockets import Poller
+    from kamal_proxy.target_options import TargetScheme
 
 
 def new_pool(

@@ -6,7 +6,7 @@ task. What they send lies with aioquic until the client has acknowledged it, wit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import trio
 from aioquic.quic.events import (
@@ -21,19 +21,15 @@ from kamal_proxy.http.codec import ProtocolError
 from kamal_proxy.http.h2_guard import CANCELLED, reset_budget
 from kamal_proxy.http.h3_codec import H3Error, RequestReader, Section, ServerCodec, goaway
 from kamal_proxy.http.h3_stream import H3Stream
+from kamal_proxy.http.multiplexed_connection import MultiplexedConnection
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.http.stream_heads import MalformedError
-from kamal_proxy.http.stream_intake import (
-    log_headless,
-    read_head,
-    read_trailers,
-    refusal_fields,
-)
+from kamal_proxy.http.stream_intake import read_trailers
 
 if TYPE_CHECKING:
     from aioquic.quic.events import QuicEvent
 
-    from kamal_proxy.deployment import Drain
+    from kamal_proxy.http.codec import HeaderPairs
     from kamal_proxy.http.h3_link import Link
     from kamal_proxy.http.server import HttpServer
 
@@ -44,7 +40,6 @@ _LEAST_OUTPUT = 32 * 1024
 
 _WORK_PER_ANSWER = 5e-3  # seconds; see ``h3_link.WORK_BURST``
 _MAX_STREAM_ID = 2**62 - 4
-_LAST_CALL = 1.0  # seconds for requests that were sent before the client heard of a drain
 _LAST_CALL_PING = 1  # aioquic's number for a PING
 _ASKING_PING = 2
 _END_TIMEOUT = 5.0  # seconds for what is left to be done at the end
@@ -52,8 +47,8 @@ _ASK_INTERVAL = 15.0  # seconds between two questions whether a client is still 
 _SPACE_FOR_ERRORS = 2  # a head that is too large is answered if it is not larger by this factor
 
 
-class H3Connection:
-    """A ``client_side.ServedConnection``, and a ``h3_link.Application``.
+class H3Connection(MultiplexedConnection[H3Stream]):
+    """One HTTP/3 connection of a client: a ``h3_link.Application``.
 
     Args:
         link: The QUIC connection; its handshake is complete.
@@ -62,68 +57,27 @@ class H3Connection:
     Attributes:
         quic: aioquic's connection.
         codec: What reads and writes HTTP/3 beside the request streams.
-        address: The client's when it connected.
-        server: Whose connection it is.
-        client_ca: None: clients are not asked for certificates over QUIC.
-        vouched: Whether the client is one of the trusted proxies.
-        believed: Whether what it says about the hops before it is believed.
-        drain: The drain of the whole proxy, once that has begun.
     """
 
+    VERSION: ClassVar[bytes] = b"3.0"
+
     def __init__(self, link: Link, server: HttpServer) -> None:
+        # The address when it connected; clients are not asked for certificates over QUIC.
+        super().__init__(server, link.path.address, None)
         self._link = link
         self.quic = link.quic
-        self.server = server
-        self.address = link.path.address
-        trusted = server.trusted_proxies
-        self.vouched = bool(trusted) and self.address[0] in trusted
-        self.believed = self.vouched or not trusted
-        self.client_ca: bytes | None = None
-        self.drain: Drain | None = None
         limit = server.options.max_head_size
         self.codec = ServerCodec(limit)
         self._max_block = _SPACE_FOR_ERRORS * limit
         self._readers: dict[int, RequestReader] = {}  # of requests that have not arrived whole
         self._opened: dict[int, float] = {}  # when; of those whose head has not
-        self._streams: dict[int, H3Stream] = {}
         self._next_id = 0  # the lowest that was never used
         self._resets = reset_budget(trio.current_time())
-        self._served = False  # a request has come
-        self._idle_since = trio.current_time()
         self._asked = trio.current_time()
-        self._nursery: trio.Nursery | None = None
         self._waiting: list[H3Stream] = []  # for the nursery
         self._lost = trio.Event()
-        self._leaving = False  # the client was told that new requests are not welcome
-        self._refusing = False  # it was told which were the last
-        self._ponged = trio.Event()
         self._control_id = self.quic.get_next_available_stream_id(is_unidirectional=True)
         self.quic.send_stream_data(self._control_id, self.codec.preface())
-
-    # A client_side.ServedConnection
-
-    @property
-    def is_idle(self) -> bool:
-        """Never: also a connection without requests is left only after the client was told."""
-        return False
-
-    def begin_drain(self, drain: Drain) -> None:
-        """Tell the client to go elsewhere; what it has asked for, or is asking for, is answered."""
-        self.drain = drain
-        for stream in self._streams.values():
-            stream.begin_drain(drain)
-        if self._nursery is not None and not self._leaving:
-            self._leaving = True
-            # Requests may be under way: which is the last is said when they must have arrived.
-            self._say(goaway(_MAX_STREAM_ID))
-            self.quic.send_ping(_LAST_CALL_PING)
-            self._nursery.start_soon(self._last_call)
-
-    def cancel(self, reason: Reason) -> None:
-        """Interrupt what the connection is doing now; nothing new begins."""
-        for stream in list(self._streams.values()):
-            stream.cancel(reason)
-        self._refuse_more()
 
     async def run(self) -> None:
         """Serve the connection until it ends."""
@@ -156,11 +110,6 @@ class H3Connection:
         if self._streams:
             return min(when, self._asked + self._ask_interval)
         return min(when, self._idle_since + self._patience)
-
-    @property
-    def _patience(self) -> float:
-        options = self.server.options
-        return options.idle_timeout if self._served else options.head_timeout
 
     @property
     def _ask_interval(self) -> float:
@@ -288,15 +237,8 @@ class H3Connection:
         if server.streams >= server.max_streams:
             self._reset(stream_id, h3_codec.REQUEST_REJECTED)
             return
-        try:
-            head = read_head(server, fields, version=b"3.0", ended=ended)
-        except MalformedError as error:
-            self._reset(stream_id, h3_codec.MESSAGE_ERROR)
-            self._log_headless(Reason.BAD_REQUEST.status, str(error))
-            self.count_reset()
-            return
-        except ProtocolError as error:
-            self._refuse_head(stream_id, error, ended=ended)
+        head = self._read_head(stream_id, fields, ended=ended)
+        if head is None:
             return
         self._readers[stream_id].tunnelled = bool(head.protocol)
         stream = self._streams[stream_id] = H3Stream(self, stream_id, head, ended=ended)
@@ -385,20 +327,16 @@ class H3Connection:
                 self.server.metrics.flood("HTTP/3", CANCELLED)
             self.close(h3_codec.EXCESSIVE_LOAD, words)
 
-    def _refuse_head(self, stream_id: int, error: ProtocolError, *, ended: bool) -> None:
-        """Answer a request that can't be served, but could be read."""
-        fields = refusal_fields(self.server, error)
+    def _reset_malformed(self, stream_id: int) -> None:
+        self._reset(stream_id, h3_codec.MESSAGE_ERROR)
+
+    def _answer_refused(self, stream_id: int, fields: HeaderPairs, *, ended: bool) -> None:
         self.quic.send_stream_data(
             stream_id, self.codec.section(stream_id, fields), end_stream=True
         )
         if not ended:
             self.quic.refuse(stream_id, h3_codec.NO_ERROR)
         self.touch()
-        self._log_headless(error.status, str(error))
-        self.count_reset()
-
-    def _log_headless(self, status: int, why: str) -> None:
-        log_headless(self.server, self.address, b"3.0", status, why)
 
     # What is sent
 
@@ -431,22 +369,13 @@ class H3Connection:
 
     # The end
 
-    async def _last_call(self) -> None:
-        """Wait for requests that were under way when the drain began, then say which was the last.
+    def _ask_to_leave(self) -> None:
+        self._say(goaway(_MAX_STREAM_ID))
+        self.quic.send_ping(_LAST_CALL_PING)
 
-        The client's answer to a PING comes after whatever it has sent before it knew.
-        """
-        with trio.move_on_after(_LAST_CALL):
-            await self._ponged.wait()
-        self._refuse_more()
+    def _tell_last(self) -> None:
+        self._say(goaway(self._next_id))
 
-    def _refuse_more(self) -> None:
-        if not self._refusing:
-            self._refusing = True
-            self._say(goaway(self._next_id))
-        self._end_if_done()
-
-    def _end_if_done(self) -> None:
-        if self._refusing and not self._streams:
-            self._link.send_now()  # closing would leave out what is not sent yet
-            self.close()
+    def _end(self) -> None:
+        self._link.send_now()  # closing would leave out what is not sent yet
+        self.close()

@@ -10,7 +10,7 @@ import contextlib
 import enum
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -27,9 +27,8 @@ from kamal_proxy.http.websocket import accept_of
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Drain
     from kamal_proxy.http.codec import HeaderPairs, RequestHead
-    from kamal_proxy.http.server import HttpServer
+    from kamal_proxy.http.multiplexed_connection import MultiplexedConnection
     from kamal_proxy.http.target_side import Upstream
-    from kamal_proxy.listeners import Address
 
 _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
 
@@ -44,17 +43,6 @@ class Ending(enum.Enum):
     REFUSED = enum.auto()  # nothing was done: the client may ask again
 
 
-class MultiplexedConnection(Protocol):
-    """What a stream takes over from its connection; see ``client_side.ClientSide``."""
-
-    server: HttpServer
-    address: Address
-    vouched: bool
-    believed: bool
-    client_ca: bytes | None
-    drain: Drain | None
-
-
 class MultiplexedStream(ABC):
     """A request: its ``client_side.ClientSide`` and its ``client_side.Downstream`` in one.
 
@@ -63,7 +51,7 @@ class MultiplexedStream(ABC):
     (:meth:`sent_some`); it tells the connection by the abstract methods.
 
     Args:
-        connection: The connection.
+        connection: The connection; what it knows of its client is taken over.
         head: The head of the request.
         ended: Whether it has no body.
 
@@ -101,7 +89,7 @@ class MultiplexedStream(ABC):
     )
 
     def __init__(
-        self, connection: MultiplexedConnection, head: RequestHead, *, ended: bool
+        self, connection: MultiplexedConnection[Any], head: RequestHead, *, ended: bool
     ) -> None:
         self.server = connection.server
         self.address = connection.address

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from kamal_proxy.http.codec import HeaderPairs, ResponseHead
     from kamal_proxy.http.target_side import Upstream
-    from kamal_proxy.options import HealthCheckOptions, TargetScheme
     from kamal_proxy.probing import Probed
     from kamal_proxy.sockets import Poller
+    from kamal_proxy.target_options import HealthCheckOptions, TargetScheme
 
 T = TypeVar("T")
 

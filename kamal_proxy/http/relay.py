@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from kamal_proxy.http.client_side import ClientSide, Downstream
     from kamal_proxy.http.target_side import Upstream
-    from kamal_proxy.options import TargetOptions
+    from kamal_proxy.target_options import TargetOptions
 
 _MAX_INFORMATIONAL = 100  # 1xx responses before the final one
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from kamal_proxy.certificates import Certificates
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
-    from kamal_proxy.options import RunOptions
     from kamal_proxy.router import RoutingTable
+    from kamal_proxy.run_options import RunOptions
     from kamal_proxy.sockets import Poller
 
 

@@ -27,7 +27,7 @@ from kamal_proxy.tls.schedule import Failure, Ledger, LedgerError, Permit, renew
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kamal_proxy.options import AcmeOptions
+    from kamal_proxy.run_options import AcmeOptions
     from kamal_proxy.tls.acme_client import Account, AcmeClient, Obtained
     from kamal_proxy.tls.challenges import Answers
     from kamal_proxy.tls.store import CertificateStore

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from kamal_proxy.control.messages import CertificateDescription
     from kamal_proxy.logs import Log
-    from kamal_proxy.options import AcmeOptions
+    from kamal_proxy.run_options import AcmeOptions
     from kamal_proxy.tls.certificates import Certificate
     from kamal_proxy.tls.results import CertificateMetrics
 

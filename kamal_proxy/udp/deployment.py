@@ -1,42 +1,35 @@
-"""One generation of a UDP service's targets: probes, look-ups, and the drain of its sessions.
+"""One generation of a UDP service's targets: probes, look-ups, and which one a session goes to.
 
 The sessions themselves live in the service's relay, where they carry this generation's number,
-because the listeners and the table of sessions outlive a deploy. Decides which of its targets a
-session goes to; moves no datagram.
+because the listeners and the table of sessions outlive a deploy. How they end is ``draining``'s
+business. Moves no datagram.
 """
 
 from __future__ import annotations
 
-import os
-from base64 import b64encode
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import attrs
 import trio
 
-from kamal_proxy.deployment import DrainResult
 from kamal_proxy.health import Health, ProbeResult, TargetState
 from kamal_proxy.probing import Watch
 from kamal_proxy.udp.affinity import affinity_key, choose, seed_of
+from kamal_proxy.udp.draining import SessionDrain
 from kamal_proxy.udp.drains import DrainPlan
-from kamal_proxy.udp.names import LookupFailedError, SocketAddress, TargetName
+from kamal_proxy.udp.names import LookupFailedError, TargetName
 from kamal_proxy.udp.options import split_udp_target
-from kamal_proxy.udp.rtcp import goodbye
+from kamal_proxy.udp.target import AVOIDED, UdpTarget
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from kamal_proxy._fastpath import Relay
+    from kamal_proxy.deployment import DrainResult
     from kamal_proxy.logs import Log
+    from kamal_proxy.udp.names import SocketAddress
     from kamal_proxy.udp.options import UdpHealthCheckOptions, UdpOptions
 
-_TOLD_AT_ONCE = 50  # calls; telling them takes about a millisecond
-_REASON = "server is being replaced"
-# A session, whether it is encrypted, and the sources and the name of its client and its target.
-_Call: TypeAlias = tuple[int, bool, tuple[int, ...], bytes, tuple[int, ...], bytes]
-_ENDED_AT_ONCE = 200  # sessions; closing their sockets takes about a millisecond
-_AVOIDED = 1.0  # seconds for which a target that refused is the last choice
 _LOOK_INTERVAL = 1.0  # seconds
 _SILENCE = 5.0  # seconds that a target does not answer somebody who goes on talking
 _MOVED_AT_ONCE = 200
@@ -44,63 +37,6 @@ _MANY_REFUSALS = 3
 _REFUSAL_SPAN = 1.0  # seconds
 UNANSWERED = 30.0  # seconds at most for which a session lives that no target has answered
 _ENDING = DrainPlan(cut_after=0.0)
-
-
-@attrs.define(eq=False)
-class UdpTarget:
-    """One instance of a UDP service.
-
-    Attributes:
-        text: ``host:port`` as it was given.
-        host: Host to connect to.
-        port: Port to send to.
-        health: Its health.
-        address: Its name and what that stands for.
-        alone: Whether it is the only target; such a one is never taken out of rotation.
-        forced: Whether it may serve before its first probe succeeded.
-        seed: What it is hashed by.
-        current: The address that new sessions go to; None until one is known.
-        number: What the relay knows this address by.
-        numbers: The same for all its addresses that are used, or still have sessions.
-        place: Which of its name's addresses is used; the next one after a refusal.
-        switched_at: When that was last changed, on Trio's clock.
-        refused_at: When its port was last found closed, on Trio's clock.
-    """
-
-    text: str
-    host: str
-    port: int
-    health: Health
-    address: TargetName
-    alone: bool
-    forced: bool
-    seed: int
-    current: SocketAddress | None = None
-    number: int | None = None
-    numbers: dict[SocketAddress, int] = attrs.field(factory=dict)
-    place: int = 0
-    switched_at: float | None = None
-    refused_at: float | None = None
-
-    @property
-    def name(self) -> str:
-        """``host:port`` as it was given."""
-        return self.text
-
-    @property
-    def in_rotation(self) -> bool:
-        """Whether it may be given sessions."""
-        state = self.health.state
-        return self.number is not None and (
-            self.alone
-            or state is TargetState.HEALTHY
-            or (self.forced and state is TargetState.ADDING)
-        )
-
-    @property
-    def refused_lately(self) -> bool:
-        """Whether its port was found closed a moment ago."""
-        return self.refused_at is not None and trio.current_time() - self.refused_at < _AVOIDED
 
 
 class UdpDeployment:
@@ -141,11 +77,7 @@ class UdpDeployment:
         self._log = log
         self._plan = _ENDING
         self._retired = trio.Event()
-        self._empty = trio.Event()
         self._drained = trio.Event()
-        self._result = DrainResult()
-        self._goodbyes = self._unsaid = 0
-        self._removed = False
         #: Sessions that have come while it drained, without those that have left it.
         self.joined = 0
         #: Whether its sessions may be calls, which go to the ports of a target that their clients
@@ -162,6 +94,7 @@ class UdpDeployment:
             affinity=sessions.affinity,
             media=options.protocol == "webrtc",
         )
+        self._session_drain = SessionDrain(relay, self.generation)
         self.targets = tuple(
             UdpTarget(
                 text,
@@ -242,23 +175,22 @@ class UdpDeployment:
     @property
     def result(self) -> DrainResult:
         """How its drain ended, once that is over."""
-        return self._result
+        return self._session_drain.result
 
     def end_now(self) -> None:
         """End all sessions, because the service was removed."""
         self.retire()
-        self._removed = True
-        self._empty.set()
+        self._session_drain.end_now()
 
     async def wait_drained(self) -> DrainResult:
         """Wait until the drain of a retired deployment is over."""
         await self._drained.wait()
-        return self._result
+        return self.result
 
     def notice_empty(self) -> None:
         """Look whether a drain has no session left to wait for."""
-        if self.retired and not self.drained and not self._relay.sessions(self.generation):
-            self._empty.set()
+        if self.retired and not self.drained:
+            self._session_drain.notice_empty()
 
     def hand_over(self, successor: UdpDeployment) -> None:
         """Give the sessions of targets that a successor has too to it; they are not drained.
@@ -310,7 +242,7 @@ class UdpDeployment:
         for target in self.targets:
             if target.number == number:
                 target.address.poke()
-                may_switch = target.switched_at is None or now - target.switched_at >= _AVOIDED
+                may_switch = target.switched_at is None or now - target.switched_at >= AVOIDED
                 if not answered and len(target.address.addresses) > 1 and may_switch:
                     # A server may listen on one of its addresses only, as on 127.0.0.1 and not ::1.
                     target.switched_at = now
@@ -467,79 +399,13 @@ class UdpDeployment:
     # Draining
 
     async def _drain(self) -> None:
-        relay = self._relay
-        sessions, self.joined = relay.sessions(self.generation), 0
-        cut = -self._count_cut()
-        relay.let_go(self.generation)
-        self.notice_empty()
-        try:
-            await self._end_sessions(self._plan)
-        finally:  # a service that is removed ends sooner, and whoever waits is told of that too
-            cut += self._count_cut()
-            left = relay.sessions(self.generation)
-            completed = max(0, sessions + self.joined - cut - left)
-            # One that was counted may have ended by itself before its turn came.
-            unsaid = min(self._unsaid, cut)
-            self._result = DrainResult(completed, cut, self._goodbyes, unsaid)
+        self.joined = 0
+        await self._session_drain.run(self._plan, lambda: self.joined)
         self._drained.set()
-        relay.drop_generation(self.generation)
+        self._relay.drop_generation(self.generation)
         for target in self.targets:
             for number in target.numbers.values():
-                relay.drop_target(number)
-
-    async def _end_sessions(self, plan: DrainPlan) -> None:
-        """Wait for the sessions' ends, and end those that are left when the plan says so."""
-        relay, began = self._relay, trio.current_time()
-        if plan.goodbye_after is not None:
-            await self._wait_empty(began + plan.goodbye_after)
-            await self._say_goodbye()
-        if plan.end_silent_after is not None:
-            await self._wait_empty(began + plan.end_silent_after)
-            relay.hurry(self.generation)
-        await self._wait_empty(began + plan.cut_after)
-        await self._count_encrypted()
-        while relay.sessions(self.generation):
-            relay.end_some(self.generation, _ENDED_AT_ONCE, removed=self._removed)
-            await trio.lowlevel.checkpoint()
-
-    def _count_cut(self) -> int:
-        """Return how many sessions have ever been cut, also by a removal of the service."""
-        ended = self._relay.ended(self.generation)
-        return ended["cut"] + ended["removed"]
-
-    async def _wait_empty(self, deadline: float) -> None:
-        """Wait until no session is left, but not longer than until a time on Trio's clock."""
-        with trio.move_on_at(deadline):
-            await self._empty.wait()
-
-    async def _say_goodbye(self) -> None:
-        """Tell both sides of each call that it ends (RFC 3550 7.2), where that can be told.
-
-        Only plain RTP can be: SRTCP needs keys that only the two sides have. Nor is anybody told of
-        the removal of a service.
-        """
-        if self._removed:
-            return
-        async for session, encrypted, client, client_name, target, target_name in self._calls():
-            if not encrypted and (client or target):
-                self._goodbyes += self._relay.say_goodbye(
-                    session,
-                    goodbye(target, target_name or _made_up_name(), _REASON) if target else b"",
-                    goodbye(client, client_name or _made_up_name(), _REASON) if client else b"",
-                )
-
-    async def _count_encrypted(self) -> None:
-        """Count the calls that are cut next without a goodbye, because nobody can say it."""
-        if not self._removed:
-            self._unsaid = sum([encrypted async for _, encrypted, *_ in self._calls()])
-
-    async def _calls(self) -> AsyncIterator[_Call]:
-        """Yield the sessions that there are now, and let others have their turns meanwhile."""
-        self._relay.begin_goodbye(self.generation)
-        while calls := self._relay.goodbyes(self.generation, _TOLD_AT_ONCE):
-            for call in calls:
-                yield call
-            await trio.lowlevel.checkpoint()
+                self._relay.drop_target(number)
 
 
 def _ways(options: UdpOptions) -> tuple[object, ...]:
@@ -553,8 +419,3 @@ def _ways(options: UdpOptions) -> tuple[object, ...]:
         sessions.affinity,
         sessions.proxy_protocol,
     )
-
-
-def _made_up_name() -> bytes:
-    """Return a CNAME for a source whose own was never seen (RFC 7022 4.2)."""
-    return b64encode(os.urandom(12))

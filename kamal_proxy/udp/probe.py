@@ -17,8 +17,8 @@ import trio
 from kamal_proxy import sockets
 from kamal_proxy.durations import format_duration
 from kamal_proxy.health import ProbeResult
-from kamal_proxy.options import HealthCheckOptions
 from kamal_proxy.probing import Probed
+from kamal_proxy.target_options import HealthCheckOptions
 from kamal_proxy.udp.names import why_not_resolved
 from kamal_proxy.udp.options import UdpHealthCheckOptions
 

@@ -1,44 +1,37 @@
 """The UDP services of one proxy, and every change of them: deploy, remove, pause, stop, resume.
 
-Owns the ports, the saved state of UDP services and the saved sessions. As in ``services`` for HTTP,
-the state is written before a change takes effect, under a lock that is not held while a drain is
-waited for. Services run in the nursery that the proxy gives.
+Owns the saved state of UDP services, and which of those that run are installed. As in ``services``
+for HTTP, the state is written before a change takes effect, under a lock that is not held while a
+drain is waited for. Services run in the nursery that the proxy gives.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
-from kamal_proxy._fastpath import SourcePorts
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
     ListenError,
     PortConflictError,
     ServiceNotFoundError,
     ShuttingDownError,
-    StateError,
 )
-from kamal_proxy.listeners import reason
 from kamal_proxy.reports import Report, not_healthy
 from kamal_proxy.state_format import SavedPause
-from kamal_proxy.udp.admission import MAX_CANDIDATES
-from kamal_proxy.udp.deployment import UNANSWERED, UdpDeployment, UdpTarget
+from kamal_proxy.udp.deployment import UdpDeployment
 from kamal_proxy.udp.drains import plan_drain
-from kamal_proxy.udp.leases import Lease, Leases
-from kamal_proxy.udp.metrics import UdpMetrics
-from kamal_proxy.udp.ports import available_descriptors, is_own, kept_descriptors
+from kamal_proxy.udp.ports import is_own
 from kamal_proxy.udp.probe import probe_for
-from kamal_proxy.udp.saved_sessions import SessionsFormatError, decode, encode
-from kamal_proxy.udp.service import UdpService
+from kamal_proxy.udp.running import RunningServices
+from kamal_proxy.udp.session_saving import SessionSaving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from kamal_proxy.control.messages import Event, ServiceDescription
     from kamal_proxy.health import ProbeResult
@@ -54,14 +47,14 @@ if TYPE_CHECKING:
     )
     from kamal_proxy.udp.probe import HttpProbe
     from kamal_proxy.udp.saved_sessions import ServiceSessions
+    from kamal_proxy.udp.service import UdpService
     from kamal_proxy.udp.session_store import SessionStore
     from kamal_proxy.udp.state_format import SavedUdpService
+    from kamal_proxy.udp.target import UdpTarget
 
-_SAVE_INTERVAL = 5.0  # seconds between two looks whether the sessions have changed
 _LISTEN_AGAIN = 5.0  # seconds until a port is tried again that was taken at the start
 _MAX_LOOKUPS = 20
 _UNWIND = 5.0  # seconds; what was cancelled takes no longer, and if it does nobody waits for it
-_SAVED_PER_SECOND = 4_000  # sessions; encoding so many takes less than a millisecond
 
 
 class UdpServices:
@@ -91,29 +84,23 @@ class UdpServices:
         metrics: Metrics,
     ) -> None:
         self._state = state
-        self._store = sessions
         self._log = log
         self._bind = bind
         self._default_port = default_port
         self._http_probe = http_probe
-        self._interrupt = interrupt
         self._metrics = metrics
         self._commit = trio.Lock()
         # A thread of their own, as the HTTP services' state has one.
         self._saving = trio.CapacityLimiter(1)
         self._lookups = trio.CapacityLimiter(_MAX_LOOKUPS)
-        self._running: dict[str, UdpService] = {}  # also those whose first deploy goes on
-        self._pending_users: dict[str, int] = {}
         self._installed: dict[str, UdpService] = {}
-        self._nursery: trio.Nursery | None = None
+        self._running = RunningServices(
+            self._installed, log, bind=bind, interrupt=interrupt, metrics=metrics
+        )
+        self._sessions: SessionSaving | None = None
+        if sessions is not None:
+            self._sessions = SessionSaving(sessions, self._installed, log, thread=self._saving)
         self._pending: set[trio.CancelScope] = set()  # of deploys that have not switched yet
-        self._saved_mark: tuple[object, object] = ([], [])  # nothing is saved of no service
-        self._room = 0  # listeners and upstream sockets that all services may have
-        self._told_wanted = 0  # upstream sockets that it was said there are too few for
-        self._source_ports = SourcePorts(*_port_range())
-        self._leases = Leases(bind, self._source_ports, self._installed.values)
-        self._held: dict[UdpDeployment, Lease] = {}
-        self._counters = UdpMetrics(metrics, self._running.values)
 
     # Starting and stopping
 
@@ -133,16 +120,16 @@ class UdpServices:
 
     async def start(self, nursery: trio.Nursery, restored: Sequence[SavedUdpService]) -> None:
         """Start to take changes; services run in ``nursery``, restored ones first."""
-        self._nursery = nursery
-        sessions = await self._load_sessions() if restored else {}
+        self._running.start(nursery)
+        sessions = await self._sessions.load() if restored and self._sessions is not None else {}
         for saved in restored:
             await self._restore_service(saved, sessions)
-        if self._store is not None:
-            nursery.start_soon(self._keep_sessions, self._store)
+        if self._sessions is not None:
+            nursery.start_soon(self._sessions.run)
 
     def close(self) -> None:
         """Take no further changes; deploys that have not switched yet fail."""
-        self._nursery = None
+        self._running.close()
         for pending in self._pending:
             pending.cancel(reason="the proxy stops")
 
@@ -150,25 +137,25 @@ class UdpServices:
         self, saved: SavedUdpService, sessions: dict[str, tuple[ServiceSessions, float]]
     ) -> None:
         try:
-            service = await self._get_running(saved.name)
+            service = await self._running.get(saved.name)
         except ListenError as error:
             self._log.error("UDP service not restored", service=saved.name, error=str(error))
             return
         service.extra = saved.extra
         service.hold(saved.pause)
-        self._check_descriptors(saved.name, saved.options, len(saved.targets))
+        self._running.descriptors.check(saved.name, saved.options, len(saved.targets))
         deployment = self._new_deployment(service, saved.targets, saved.options, trusted=True)
         service.start(deployment)
         service.install(deployment, saved.options)
         self._installed[saved.name] = service
         try:
-            await self._listen_installed(service)
+            await self._running.listen_installed(service)
         except (ListenError, PortConflictError) as error:
             # A port that is taken must not keep the other services, and HTTP, from serving.
             self._log.error("UDP service can't listen yet", service=saved.name, error=str(error))
             if saved.name in sessions:
                 service.waiting_sessions, _ = sessions[saved.name]
-            self._require_nursery().start_soon(self._listen_later, service, sessions)
+            self._running.require_nursery().start_soon(self._listen_later, service, sessions)
         else:
             await self._begin_restored(service, sessions)
 
@@ -196,7 +183,7 @@ class UdpServices:
                     return
                 assert service.options is not None
                 with contextlib.suppress(ListenError, PortConflictError):
-                    await self._listen_installed(service, tell_owner=False)
+                    await self._running.listen_installed(service, tell_owner=False)
                     fields = _port_fields(service.options)
                     self._log.info("UDP service listens", service=service.name, **fields)
                     await self._begin_restored(service, sessions)
@@ -232,7 +219,7 @@ class UdpServices:
         if not udp.port and udp.protocol == "udp":
             udp = attrs.evolve(udp, port=self._default_port)
         report = Report(progress, self._log)
-        self._require_nursery()
+        self._running.require_nursery()
         fields = {"service": options.service, "targets": options.targets, **_port_fields(udp)}
         self._log.info("Deploying UDP", **fields)
         switched = False
@@ -260,11 +247,11 @@ class UdpServices:
         Whatever comes between, nothing has changed.
         """
         name, deploying = options.service, options.deployment_options
-        async with self._using(name):
-            service = await self._get_running(name)
+        async with self._running.using(name):
+            service = await self._running.get(name)
             service.start_moving()
-            async with self._leasing(service, udp) as lease:
-                self._check_descriptors(name, udp, len(options.targets))
+            async with self._running.leasing(service, udp) as lease:
+                self._running.descriptors.check(name, udp, len(options.targets))
                 deployment = self._new_deployment(
                     service, options.targets, udp, forced=deploying.force
                 )
@@ -285,12 +272,12 @@ class UdpServices:
                             service.extra = {}
                             replaced = service.install(deployment, udp)
                             self._installed[name] = service
-                            self._held[deployment] = lease
+                            self._running.hold(lease, deployment)
                             installed = True
                             if replaced is not None:
                                 calls = replaced.carries_calls
                                 replaced.retire(plan_drain(deploying, has_goodbyes=calls))
-                            await self._leases.listen(lease)
+                            await self._running.listen(lease)
                 finally:
                     self._pending.discard(pending)
                     deployment.watch.on_probe = None
@@ -317,19 +304,6 @@ class UdpServices:
         with trio.move_on_after(_UNWIND, shield=True):
             await deployment.wait_drained()
 
-    def _drained(self, service: UdpService, deployment: UdpDeployment) -> None:
-        """Leave the ports of a deployment that is over, and say how its sessions ended."""
-        if (lease := self._held.pop(deployment, None)) is not None:
-            self._leases.give_back_soon(lease, self._nursery)
-        if deployment.served:
-            self._log.info(
-                "UDP service drained",
-                service=service.name,
-                completed=deployment.result.completed,
-                cut=deployment.result.cancelled,
-                **_goodbyes(deployment),
-            )
-
     # Other changes
 
     async def remove(self, name: str) -> None:
@@ -340,16 +314,13 @@ class UdpServices:
             StateError: the state could not be saved; nothing has changed.
             ShuttingDownError: the proxy is not running.
         """
-        self._require_nursery()
+        self._running.require_nursery()
         async with self._commit:
             service = self._service(name)
             await self._save(removed=name)
             del self._installed[name]
             service.uninstall()
-            if name not in self._pending_users:
-                await self._end_service(service)
-            else:  # a deploy that goes on keeps its ports bound
-                await self._leases.leave(service)
+            await self._running.let_go(service)
         self._log.info("UDP service removed", service=name)
 
     async def pause(
@@ -396,7 +367,7 @@ class UdpServices:
         return result
 
     async def _change_pause(self, name: str, pause: SavedPause) -> None:
-        self._require_nursery()
+        self._running.require_nursery()
         async with self._commit:
             service = self._service(name)
             assert service.active is not None
@@ -414,126 +385,13 @@ class UdpServices:
         """Describe all services, sorted by name."""
         return [self._installed[name].describe() for name in sorted(self._installed)]
 
-    # Running services and their ports
-
-    def _require_nursery(self) -> trio.Nursery:
-        if self._nursery is None:
-            raise ShuttingDownError("the proxy is not running")
-        return self._nursery
+    # What they have in common
 
     def _service(self, name: str) -> UdpService:
         service = self._installed.get(name)
         if service is None:
             raise ServiceNotFoundError("service not found")
         return service
-
-    async def _get_running(self, name: str) -> UdpService:
-        """Return the service of that name, which runs; a new one serves nobody yet."""
-        service = self._running.get(name)
-        if service is None:
-            nursery = self._require_nursery()
-            try:
-                service = UdpService(
-                    name,
-                    os.urandom(16),
-                    on_drained=self._drained,
-                    source_ports=self._source_ports,
-                    interrupt=self._interrupt,
-                    is_alone=lambda: len(self._running) == 1,
-                    has_room=self._has_room,
-                    log=self._log,
-                )
-            except OSError as error:
-                raise ListenError(
-                    f"service {name} can't be run: {reason(error)}; "
-                    "raise the limit of open files (ulimit -n)"
-                ) from error
-            self._running[name] = service
-            nursery.start_soon(self._run_service, service)
-        await service.wait_started()
-        return service
-
-    async def _run_service(self, service: UdpService) -> None:
-        try:
-            await service.run()
-        finally:
-            self._leases.close_all(service)
-            # Those of its deployments that were not drained by now never will be.
-            held = self._held.items()
-            self._held = {each: lease for each, lease in held if lease.service is not service}
-
-    async def _end_service(self, service: UdpService) -> None:
-        """End a service that is not installed, and free its ports; it is not interrupted."""
-        service.end_sessions()
-        if service.served:
-            self._counters.keep(service)
-        del self._running[service.name]
-        await self._leases.give_back_all(service)
-        service.close()
-
-    @contextlib.asynccontextmanager
-    async def _using(self, name: str) -> AsyncIterator[None]:
-        """Keep a service while a deploy needs it; one that was never installed ends after that."""
-        self._pending_users[name] = self._pending_users.get(name, 0) + 1
-        try:
-            yield
-        finally:
-            self._pending_users[name] -= 1
-            if not self._pending_users[name]:
-                del self._pending_users[name]
-                if name not in self._installed and name in self._running:
-                    await self._end_service(self._running[name])
-
-    @contextlib.asynccontextmanager
-    async def _leasing(self, service: UdpService, options: UdpOptions) -> AsyncIterator[Lease]:
-        """Bind the ports of a deploy, and leave them again unless a deployment has them by then."""
-        lease = await self._leases.take(service, options)
-        try:
-            yield lease
-        finally:
-            if lease not in self._held.values():
-                await self._leases.give_back(lease)
-
-    async def _listen_installed(self, service: UdpService, *, tell_owner: bool = True) -> None:
-        """Bind the ports of a service that is installed, and read from them."""
-        assert service.active is not None
-        assert service.options is not None
-        lease = await self._leases.take(service, service.options, tell_owner=tell_owner)
-        self._held[service.active] = lease
-        await self._leases.listen(lease)
-
-    def _check_descriptors(self, name: str, options: UdpOptions, targets: int) -> None:
-        """Share the file descriptors with everything else; warn if they are too few.
-
-        Only if more are wanted than when that was said last.
-        """
-        known = {
-            service.name: (service.options, len(service.active.targets))
-            for service in self._installed.values()
-            if service.options is not None and service.active is not None
-        }
-        known[name] = options, targets
-        wanted = sum(_sockets(each, count) for each, count in known.values())
-        spare = sum(_spare_sockets(each) for each, _ in known.values())
-        listeners = self._leases.sockets_with(options)
-        room = available_descriptors(listeners + wanted + spare, keep=kept_descriptors())
-        self._room = max(self._room, room)  # also where this deploy comes to nothing
-        available = max(0, room - listeners)
-        if available >= wanted:
-            self._told_wanted = 0
-        elif wanted > self._told_wanted:  # the same again would tell the operator nothing new
-            self._told_wanted = wanted
-            self._log.warning(
-                "The limit of open files allows fewer UDP sessions than --max-sessions",
-                service=name,
-                wanted=wanted,
-                available=available,
-            )
-
-    def _has_room(self, sockets: int) -> bool:
-        """Return whether so many more upstream sockets leave enough descriptors to all others."""
-        used = sum(service.relay.sockets for service in self._running.values())
-        return self._leases.sockets + used + sockets <= self._room
 
     def _new_deployment(
         self,
@@ -588,108 +446,13 @@ class UdpServices:
             self._state.save, list(entries.values()), limiter=self._saving
         )
 
-    async def _keep_sessions(self, store: SessionStore) -> None:
-        """Save the sessions every few seconds if there are others than before.
-
-        Those that only go on are saved more seldom, but often enough that the time since their last
-        datagram, which is saved too, does not make a restarted proxy take them for over.
-        """
-        told, saved_at = "", trio.current_time()
-        while True:
-            live = sum(service.relay.live for service in self._installed.values())
-            await trio.sleep(max(_SAVE_INTERVAL, live / _SAVED_PER_SECOND))
-            mark = self._sessions_mark()
-            age = trio.current_time() - saved_at
-            is_same = mark[0] == self._saved_mark[0]
-            if mark == self._saved_mark or (is_same and age < self._shortest_patience() / 4):
-                continue
-            try:
-                content = self._encode_sessions()
-                await trio.to_thread.run_sync(store.save, content, limiter=self._saving)
-                self._saved_mark, told, saved_at = mark, "", trio.current_time()
-            except Exception as error:  # a full disk, no thread to be had: never worth the proxy
-                if str(error) != told:
-                    told = str(error)
-                    self._log.warning("UDP sessions not saved", error=told)
-
     def save_sessions(self) -> None:
         """Save the sessions now, blocking: nothing is moved any more, the process ends."""
-        if self._store is None or self._sessions_mark() == self._saved_mark == ([], []):
-            return
-        try:
-            self._store.save(self._encode_sessions())
-        except (StateError, SessionsFormatError) as error:
-            self._log.warning("UDP sessions not saved", error=str(error))
-
-    def _encode_sessions(self) -> bytes:
-        return encode(time.time(), [service.sessions() for service in self._installed.values()])
-
-    def _sessions_mark(self) -> tuple[object, object]:
-        """Return what differs when sessions begin, end or move, and when they only go on."""
-        relays = [(service.name, service.relay) for service in self._installed.values()]
-        return (
-            [(name, relay.changes) for name, relay in relays],
-            [(name, relay.traffic) for name, relay in relays],
-        )
-
-    def _shortest_patience(self) -> float:
-        """Return the seconds after which the first of the sessions that are quiet may be over."""
-        timeouts = (
-            service.options.sessions.timeout
-            for service in self._installed.values()
-            if service.options is not None
-        )
-        return min(UNANSWERED, *timeouts, UNANSWERED)
-
-    async def _load_sessions(self) -> dict[str, tuple[ServiceSessions, float]]:
-        """Return the saved sessions by service, with the time when they were saved."""
-        if self._store is None:
-            return {}
-        try:
-            content = await trio.to_thread.run_sync(self._store.load, limiter=self._saving)
-            if content is None:
-                return {}
-            document = decode(content)
-        except (StateError, SessionsFormatError) as error:
-            self._log.warning(
-                "UDP sessions can't be restored", path=self._store.path, error=str(error)
-            )
-            return {}
-        return {sessions.name: (sessions, document.saved_at) for sessions in document.services}
-
-
-def _goodbyes(deployment: UdpDeployment) -> dict[str, int]:
-    """Return what the log says of goodbyes, which only calls have."""
-    if not deployment.carries_calls:
-        return {}
-    result = deployment.result
-    return {"goodbyes": result.goodbyes, "cut_unsaid": result.cut_unsaid}
-
-
-def _port_range() -> tuple[int, int]:
-    """Return the range that the kernel itself takes source ports from (ip(7))."""
-    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-        low, high = map(int, file.read().split())
-    return low, high
+        if self._sessions is not None:
+            self._sessions.save_now()
 
 
 def _port_fields(options: UdpOptions) -> dict[str, object]:
     """Return where a service listens, for the log."""
     port = {"port": options.port} if options.port else {}
     return port | ({"port_ranges": options.port_ranges} if options.port_ranges else {})
-
-
-def _sockets(options: UdpOptions, targets: int) -> int:
-    """Return how many upstream sockets a service may have.
-
-    One for each session; without affinity one for each target, and two for a call on a pair of
-    ports.
-    """
-    if options.port_ranges:
-        return 2 * options.sessions.limit
-    return options.sessions.limit * (1 if options.sessions.affinity else targets)
-
-
-def _spare_sockets(options: UdpOptions) -> int:
-    """Return how many more it may have for a moment, while targets of calls are asked for."""
-    return options.sessions.limit + MAX_CANDIDATES if options.protocol == "webrtc" else 0

@@ -10,14 +10,8 @@ import pytest
 
 from kamal_proxy.cli.deploy import ACME_STAGING_DIRECTORY
 from kamal_proxy.control.messages import from_json
-from kamal_proxy.options import (
-    DeploymentOptions,
-    DeployOptions,
-    HealthCheckOptions,
-    PathTimeout,
-    ServiceOptions,
-    TargetOptions,
-)
+from kamal_proxy.options import DeploymentOptions, DeployOptions, ServiceOptions
+from kamal_proxy.target_options import HealthCheckOptions, PathTimeout, TargetOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ import pytest
 from kamal_proxy.cli.arguments import quote
 from kamal_proxy.cli.commands import find_command
 from kamal_proxy.errors import ListenError
-from kamal_proxy.options import RunOptions
+from kamal_proxy.run_options import RunOptions
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -28,7 +28,7 @@ import trio
 
 from kamal_proxy.cli.commands import execute
 from kamal_proxy.errors import KamalProxyError
-from kamal_proxy.options import AcmeOptions
+from kamal_proxy.run_options import AcmeOptions
 from tests.running import Embedded, Result, open_directory, open_embedded
 from tests.scripted import (
     LOCALHOST,

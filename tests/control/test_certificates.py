@@ -18,7 +18,8 @@ from kamal_proxy.errors import (
     InvalidOptionsError,
     KamalProxyError,
 )
-from kamal_proxy.options import AcmeOptions, DeployOptions
+from kamal_proxy.options import DeployOptions
+from kamal_proxy.run_options import AcmeOptions
 from tests.certificates import make_ca
 from tests.control.calling import (
     Api,

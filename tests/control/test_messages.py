@@ -21,15 +21,13 @@ from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.options import (
     DeploymentOptions,
     DeployOptions,
-    HealthCheckOptions,
-    PathTimeout,
     PauseOptions,
     RolloutOptions,
     RolloutSplit,
     ServiceOptions,
     StopOptions,
-    TargetOptions,
 )
+from kamal_proxy.target_options import HealthCheckOptions, PathTimeout, TargetOptions
 
 NAMES = st.text("abc-é", min_size=1, max_size=5)
 LISTS = st.lists(NAMES, max_size=3).map(tuple)

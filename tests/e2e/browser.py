@@ -20,29 +20,24 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
 
 
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+
+
 @asynccontextmanager
 async def open_browser(url: str, *flags: str) -> AsyncIterator[None]:
     """Show a page in Chromium, without a window, for the length of a block."""
-    assert BROWSER is not None
-    # Its helper processes may still write when it has ended.
-    with tempfile.TemporaryDirectory(prefix="kp-", ignore_cleanup_errors=True) as home:
+    with _home() as home:
         browser = await trio.lowlevel.open_process(
-            [
-                BROWSER,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--disable-dev-shm-usage",
-                "--remote-debugging-port=0",
-                *flags,
-                f"--user-data-dir={home}",
-                url,
-            ],
+            _command(home, url, "--disable-quic", "--remote-debugging-port=0", *flags),
             env={**os.environ, "HOME": home},
             stdout=DEVNULL,
             stderr=DEVNULL,
@@ -55,3 +50,26 @@ async def open_browser(url: str, *flags: str) -> AsyncIterator[None]:
                 await browser.wait()
             if browser.returncode is None:
                 browser.kill()
+
+
+async def dump_page(url: str, *flags: str) -> str:
+    """Show a page in Chromium, which may use QUIC, and return what has become of its HTML."""
+    with _home() as home:
+        done = await trio.run_process(
+            _command(home, url, "--dump-dom", *flags),
+            env={**os.environ, "HOME": home},
+            capture_stdout=True,
+            stderr=DEVNULL,
+            check=False,
+        )
+    return done.stdout.decode()
+
+
+def _home() -> tempfile.TemporaryDirectory[str]:
+    # Its helper processes may still write when it has ended.
+    return tempfile.TemporaryDirectory(prefix="kp-", ignore_cleanup_errors=True)
+
+
+def _command(home: str, url: str, *flags: str) -> list[str]:
+    assert BROWSER is not None
+    return [BROWSER, *FLAGS, *flags, f"--user-data-dir={home}", url]

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -19,9 +18,9 @@ from contextlib import asynccontextmanager
 from subprocess import PIPE, STDOUT
 from typing import TYPE_CHECKING
 
-import pytest
 import trio
 
+from tests.e2e.programs import needs
 from tests.examples import examples_in
 from tests.running import ROOT, environment, open_directory
 from tests.scripted import LOCALHOST
@@ -144,7 +143,7 @@ async def outcome(shell: Shell, example: Example, ports: dict[str, str]) -> tupl
     return comparable(replace_words(text, {real: shown for shown, real in ports.items()})), code
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@needs("curl", package="curl")
 async def test_the_tour_is_true() -> None:
     ports = free_ports()
     async with open_directory() as directory, open_shell(directory) as shell:

@@ -19,11 +19,13 @@ from kamal_proxy.http.bodies import Spill
 from kamal_proxy.http.h2_pool import new_pool
 from kamal_proxy.http.server import HttpServer
 from kamal_proxy.metrics import Metrics
-from kamal_proxy.options import HealthCheckOptions, RunOptions, ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.router import RoutingTable
+from kamal_proxy.run_options import RunOptions
 from kamal_proxy.service import Service
 from kamal_proxy.sockets import Poller
 from kamal_proxy.state import SavedPause
+from kamal_proxy.target_options import HealthCheckOptions, TargetOptions
 from tests.deploying import Lines
 from tests.pairs import running_poller
 
@@ -73,6 +75,28 @@ async def stay_silent(stream: trio.SocketStream) -> None:
     """Read a request and never answer."""
     await read_head(stream)
     await trio.sleep_forever()
+
+
+def hello_after(release: trio.Event) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """Answer a request once something has happened."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        await release.wait()
+        await stream.send_all(HELLO)
+
+    return answer
+
+
+def silent_after(reached: trio.Event) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """Read a request, tell of it, and never answer."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        reached.set()
+        await trio.sleep_forever()
+
+    return answer
 
 
 async def _never(*_: object) -> ProbeResult:

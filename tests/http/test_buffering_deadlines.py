@@ -15,8 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from kamal_proxy.http import bodies
 from kamal_proxy.http.connection import ClientConnection
 from kamal_proxy.http.reasons import Reason
-from kamal_proxy.options import TargetOptions
-from tests.deploying import run_with_every_cancellation
+from kamal_proxy.target_options import TargetOptions
+from tests.http.stepping import attempt_every_step, visit_and_leave
 from tests.http.streams import HELLO, World, open_world, read_all, read_head
 from tests.pairs import Steps
 
@@ -349,43 +349,33 @@ def test_cancelled_at_every_step(
     """As by the deadline of a drain, and by a shutdown: one line, and nothing is kept."""
     monkeypatch.setattr(trio.to_thread, "run_sync", run_at_once)
 
-    def attempt(step: int) -> bool:
-        async def main() -> bool:
-            directory = tmp_path / str(step)
-            directory.mkdir()
-            options = buffering(memory)
-            async with open_world(directory, monkeypatch, answer, target_options=options) as here:
-                client = here.connect()
-                await wait_all_tasks_blocked()
-                (connection,) = here.server._connections
-                assert isinstance(connection, ClientConnection)
-                scope = connection.scope
-                steps = Steps(step, lambda: connection.cancel(reason))
-                async with trio.open_nursery() as visitors:
+    async def attempt(here: World, step: int) -> bool:
+        client = here.connect()
+        await wait_all_tasks_blocked()
+        (connection,) = here.server._connections
+        assert isinstance(connection, ClientConnection)
+        scope = connection.scope
+        steps = Steps(step, lambda: connection.cancel(reason))
+        async with trio.open_nursery() as visitors:
+            trio.lowlevel.add_instrument(steps)
+            visitors.start_soon(visit_and_leave, visit, client)
+            here.server.closing = True  # it tells when the last connection has ended
+            await here.server.wait_closed()
+            trio.lowlevel.remove_instrument(steps)
+        # That nothing is left of bodies is looked at by the world itself.
+        assert here.deployment.in_flight == 0
+        assert len(here.poller) <= 1, "at most the idle upstream connection is left"
+        for line in here.logged:
+            assert line["status"] in (200, 499, 502, reason.status)
+        assert len(here.logged) <= 1
+        if here.targets:
+            assert here.logged, "a request that reached the target is logged"
+        left = [path for path in (tmp_path / str(step)).iterdir() if path.name != "t.sock"]
+        assert not left
+        return scope.cancel_called
 
-                    async def go() -> None:
-                        try:
-                            async with client:
-                                await visit(client)
-                        except trio.BrokenResourceError:
-                            pass
-
-                    trio.lowlevel.add_instrument(steps)
-                    visitors.start_soon(go)
-                    here.server.closing = True  # it tells when the last connection has ended
-                    await here.server.wait_closed()
-                    trio.lowlevel.remove_instrument(steps)
-                # That nothing is left of bodies is looked at by the world itself.
-                assert here.deployment.in_flight == 0
-                assert len(here.poller) <= 1, "at most the idle upstream connection is left"
-                for line in here.logged:
-                    assert line["status"] in (200, 499, 502, reason.status)
-                assert len(here.logged) <= 1
-                if here.targets:
-                    assert here.logged, "a request that reached the target is logged"
-                assert not [path for path in directory.iterdir() if path.name != "t.sock"]
-                return scope.cancel_called
-
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
-
-    assert run_with_every_cancellation(attempt) > 10
+    options = buffering(memory)
+    steps = attempt_every_step(
+        tmp_path, monkeypatch, attempt, answer=answer, target_options=options
+    )
+    assert steps > 10

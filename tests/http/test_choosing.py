@@ -14,7 +14,8 @@ import trio.testing
 
 from kamal_proxy import PauseOptions, RolloutOptions, RolloutSplit, ServiceOptions
 from kamal_proxy.errors import DeployFailedError
-from kamal_proxy.options import DeploymentOptions, DeployOptions, HealthCheckOptions
+from kamal_proxy.options import DeploymentOptions, DeployOptions
+from kamal_proxy.target_options import HealthCheckOptions
 from tests.running import open_embedded
 from tests.scripted import deploy_options, ok, open_client, open_upstream, reply, respond
 

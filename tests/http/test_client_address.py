@@ -6,7 +6,6 @@ unless it is bound to another address.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -17,6 +16,7 @@ import pytest
 import trio
 
 from kamal_proxy.proxy_protocol import encode_v2
+from tests.e2e.programs import needs
 from tests.http.streams import CLIENT, GET, World, open_world, read_all, read_head
 from tests.running import open_embedded
 from tests.scripted import LOCALHOST, open_client, open_upstream
@@ -411,7 +411,7 @@ async def test_trust_is_for_the_address_in_the_header(
     assert proxy.lines.requests[0]["remote_addr"] == ("203.0.113.9" if vouched else client)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@needs("curl", package="curl")
 async def test_the_header_of_curl() -> None:
     async with serving(proxy_protocol_from=(LOCALHOST,)) as (proxy, _):
         done = await trio.run_process(

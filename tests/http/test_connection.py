@@ -17,9 +17,10 @@ from kamal_proxy import sockets
 from kamal_proxy.http import pages
 from kamal_proxy.http.downstream import GONE_GRACE, Http1Downstream
 from kamal_proxy.http.relay import Relay
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state import SavedPause
-from tests.deploying import run_with_every_cancellation
+from kamal_proxy.target_options import TargetOptions
+from tests.http.stepping import attempt_every_step, serve_until, visit_and_leave
 from tests.http.streams import (
     GET,
     HELLO,
@@ -30,7 +31,6 @@ from tests.http.streams import (
     say_hello,
     stay_silent,
 )
-from tests.pairs import Steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -806,49 +806,22 @@ def test_cancelled_at_every_step(
     visit: Callable[[trio.SocketStream], Awaitable[None]],
     requests: int,
 ) -> None:
-    def attempt(step: int) -> bool:
-        async def main() -> bool:
-            directory = tmp_path / str(step)
-            directory.mkdir()
-            async with open_world(directory, monkeypatch, answer) as here:
-                stream, client = here.pair()
+    async def attempt(here: World, step: int) -> bool:
+        stream, client = here.pair()
+        go = partial(visit_and_leave, visit, client)
+        cancelled = await serve_until(
+            here, stream, go, step, requests=requests, statuses={200, 499}
+        )
+        assert len(here.poller) <= 1, "at most the idle upstream connection is left"
+        # The service goes on.
+        after = here.connect()
+        await after.send_all(GET.replace(b"/path", b"/after"))
+        await after.aclose()
+        await trio.sleep(1000)
+        assert here.deployment.in_flight == 0
+        return cancelled
 
-                async def go() -> None:
-                    try:
-                        async with client:
-                            await visit(client)
-                    except trio.BrokenResourceError:
-                        pass
-
-                scope = trio.CancelScope()
-                steps = Steps(step, scope.cancel)
-                async with trio.open_nursery() as visitors:
-                    visitors.start_soon(go)
-                    trio.lowlevel.add_instrument(steps)
-                    with scope:
-                        await here.serve(stream)
-                    trio.lowlevel.remove_instrument(steps)
-                assert here.server.connections == 0
-                assert here.deployment.in_flight == 0
-                assert here.deployment.targets[0].in_flight == 0
-                assert len(here.poller) <= 1, "at most the idle upstream connection is left"
-                for line in here.logged:
-                    assert line["status"] in (200, 499)
-                # The head may not have been read, or may not have been understood, yet.
-                assert len(here.logged) <= requests
-                if here.targets:
-                    assert here.logged, "a request that reached the target is logged"
-                # The service goes on.
-                after = here.connect()
-                await after.send_all(GET.replace(b"/path", b"/after"))
-                await after.aclose()
-                await trio.sleep(1000)
-                assert here.deployment.in_flight == 0
-                return scope.cancel_called
-
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
-
-    assert run_with_every_cancellation(attempt) > 10
+    assert attempt_every_step(tmp_path, monkeypatch, attempt, answer=answer) > 10
 
 
 # Answers before the request was whole

@@ -15,6 +15,7 @@ from kamal_proxy.errors import ErrorPagesError
 from kamal_proxy.http.error_pages import ErrorPages, load_error_pages
 from kamal_proxy.http.templates import TemplateError, parse
 from tests.fuzzing import at_least
+from tests.no_files import make_device, make_directory, make_fifo, make_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,24 +130,8 @@ def test_a_directory_without_pages(tmp_path: Path) -> None:
     assert refused(tmp_path) == [": no *.html in it"]
 
 
-def make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_directory(path: Path) -> None:
-    path.mkdir()
-
-
-def make_device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
 def make_dangling(path: Path) -> None:
     path.symlink_to("missing")
-
-
-def make_loop(path: Path) -> None:
-    path.symlink_to(path.name)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from kamal_proxy.options import RunOptions, TargetOptions
+from kamal_proxy.run_options import RunOptions
+from kamal_proxy.target_options import TargetOptions
 from tests.http.streams import GET, HELLO, World, open_world, read_all, read_head
 from tests.running import open_embedded
 from tests.scripted import Held, open_client

@@ -12,7 +12,8 @@ import attrs
 import pytest
 import trio
 
-from kamal_proxy.options import PathTimeout, ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
+from kamal_proxy.target_options import PathTimeout, TargetOptions
 from tests.http.streams import HELLO, World, open_world, read_head, stay_silent
 from tests.running import open_command
 from tests.scripted import open_client

@@ -16,10 +16,11 @@ from kamal_proxy import PauseOptions, StopOptions
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import ResumedError
 from kamal_proxy.http.downstream import GONE_GRACE
-from kamal_proxy.options import HealthCheckOptions, ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.router import RoutingTable
 from kamal_proxy.state import SavedPause
-from tests.deploying import run_with_every_cancellation
+from kamal_proxy.target_options import HealthCheckOptions, TargetOptions
+from tests.http.stepping import attempt_every_step
 from tests.http.streams import GET, World, open_world, read_all, read_head, stay_silent
 from tests.pairs import Steps
 from tests.running import open_embedded
@@ -297,34 +298,26 @@ def test_cut_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """A client that is not told that its connection ends may send another request on it."""
     seen = set()
 
-    def attempt(step: int) -> bool:
-        directory = tmp_path / str(step)
-        directory.mkdir()
+    async def attempt(here: World, step: int) -> bool:
+        def cut() -> None:
+            for request in tuple(here.deployment._in_flight):
+                request.abort_drained()
 
-        async def main() -> bool:
-            async with open_world(directory, monkeypatch) as here:
+        client = here.connect()
+        steps = Steps(step, cut)
+        trio.lowlevel.add_instrument(steps)
+        await client.send_all(GET)
+        response = await read_head(client)
+        trio.lowlevel.remove_instrument(steps)
+        status, closing = response[9:12], b"\r\nConnection: close\r\n" in response
+        seen.add((status, closing))
+        if not closing:
+            await client.send_all(GET)
+            assert (await read_head(client)).endswith(b"hello")
+        await client.aclose()
+        return steps.count >= step
 
-                def cut() -> None:
-                    for request in tuple(here.deployment._in_flight):
-                        request.abort_drained()
-
-                client = here.connect()
-                steps = Steps(step, cut)
-                trio.lowlevel.add_instrument(steps)
-                await client.send_all(GET)
-                response = await read_head(client)
-                trio.lowlevel.remove_instrument(steps)
-                status, closing = response[9:12], b"\r\nConnection: close\r\n" in response
-                seen.add((status, closing))
-                if not closing:
-                    await client.send_all(GET)
-                    assert (await read_head(client)).endswith(b"hello")
-                await client.aclose()
-                return steps.count >= step
-
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
-
-    assert run_with_every_cancellation(attempt) > 5
+    assert attempt_every_step(tmp_path, monkeypatch, attempt) > 5
     assert seen == {(b"200", False), (b"504", True)}
 
 

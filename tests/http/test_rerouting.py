@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy import sockets
-from kamal_proxy.options import TargetOptions
+from kamal_proxy.target_options import TargetOptions
 from tests.http.streams import GET, open_world, read_head
 from tests.scripted import open_client, open_upstream
 from tests.websockets import TEXT, UPGRADE, accept, frame

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy import PauseOptions, RolloutOptions, RolloutSplit
 from kamal_proxy.errors import ResumedError
-from tests.deploying import run_with_every_cancellation
-from tests.http.streams import open_world, read_head
+from tests.http.stepping import attempt_every_step, serve_until, visit_and_leave
+from tests.http.streams import read_head
 from tests.pairs import Steps
 from tests.running import open_embedded
 from tests.scripted import ConnectionCut, ok, open_client, open_upstream
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kamal_proxy import DeployOptions
+    from tests.http.streams import World
     from tests.running import Embedded, Line
     from tests.scripted import Client, Peer, Script, Upstream
 
@@ -646,47 +648,26 @@ async def switch_and_speak(stream: trio.SocketStream) -> None:
         await stream.send_all(frame(TEXT, bytes(data)))
 
 
+async def speak(client: trio.SocketStream) -> None:
+    """Be a client that asks for a switch, and speaks before and after it."""
+    await client.send_all(UPGRADE + frame(TEXT, b"one", masked=True))
+    await read_head(client)
+    await client.send_all(frame(TEXT, b"two", masked=True))
+    await client.receive_some()
+
+
 def test_cancelled_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing stays open, in flight or unlogged, and no drain fails for it."""
 
-    def attempt(step: int) -> bool:
-        async def main() -> bool:
-            directory = tmp_path / str(step)
-            directory.mkdir()
-            async with open_world(directory, monkeypatch, switch_and_speak) as here:
-                stream, client = here.pair()
+    async def attempt(here: World, step: int) -> bool:
+        stream, client = here.pair()
+        visit = partial(visit_and_leave, speak, client)
+        cancelled = await serve_until(here, stream, visit, step, requests=1, statuses={101, 499})
+        assert len(here.poller) == 0
+        assert b"_upgraded_connections{" not in _open(here.server.metrics.render("")[0])
+        return cancelled
 
-                async def visit() -> None:
-                    try:
-                        async with client:
-                            await client.send_all(UPGRADE + frame(TEXT, b"one", masked=True))
-                            await read_head(client)
-                            await client.send_all(frame(TEXT, b"two", masked=True))
-                            await client.receive_some()
-                    except trio.BrokenResourceError:
-                        pass
-
-                scope = trio.CancelScope()
-                steps = Steps(step, scope.cancel)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(visit)
-                    trio.lowlevel.add_instrument(steps)
-                    with scope:
-                        await here.serve(stream)
-                    trio.lowlevel.remove_instrument(steps)
-                assert here.server.connections == 0
-                assert here.deployment.in_flight == 0
-                assert len(here.poller) == 0
-                for line in here.logged:
-                    assert line["status"] in (101, 499)
-                if here.targets:
-                    assert len(here.logged) == 1
-                assert b"_upgraded_connections{" not in _open(here.server.metrics.render("")[0])
-                return scope.cancel_called
-
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
-
-    assert run_with_every_cancellation(attempt) > 10
+    assert attempt_every_step(tmp_path, monkeypatch, attempt, answer=switch_and_speak) > 10
 
 
 def _open(metrics: bytes) -> bytes:
@@ -700,39 +681,26 @@ def test_a_drain_or_an_end_at_every_step(
 ) -> None:
     """From the head of the request to the last byte of the tunnel."""
 
-    def attempt(step: int) -> bool:
-        async def main() -> bool:
-            directory = tmp_path / str(step)
-            directory.mkdir()
-            async with open_world(directory, monkeypatch, switch_and_speak) as here:
-                client = here.connect()
-                reached = False
+    async def attempt(here: World, step: int) -> bool:
+        client = here.connect()
+        reached = False
 
-                def interfere() -> None:
-                    nonlocal reached
-                    reached = True
-                    if act == "abort":
-                        here.server.abort()
-                    else:
-                        here.nursery.start_soon(here.deployment.drain, 60)
+        def interfere() -> None:
+            nonlocal reached
+            reached = True
+            if act == "abort":
+                here.server.abort()
+            else:
+                here.nursery.start_soon(here.deployment.drain, 60)
 
-                steps = Steps(step, interfere)
-                trio.lowlevel.add_instrument(steps)
-                try:
-                    await client.send_all(UPGRADE + frame(TEXT, b"one", masked=True))
-                    await read_head(client)
-                    await client.send_all(frame(TEXT, b"two", masked=True))
-                    await client.receive_some()
-                except trio.BrokenResourceError:
-                    pass
-                await client.aclose()
-                await trio.sleep(100)
-                trio.lowlevel.remove_instrument(steps)
-                assert here.server.connections == 0
-                assert "Connection failed" not in here.lines.messages
-                assert len(here.logged) <= 1
-                return reached
+        steps = Steps(step, interfere)
+        trio.lowlevel.add_instrument(steps)
+        await visit_and_leave(speak, client)
+        await trio.sleep(100)
+        trio.lowlevel.remove_instrument(steps)
+        assert here.server.connections == 0
+        assert "Connection failed" not in here.lines.messages
+        assert len(here.logged) <= 1
+        return reached
 
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
-
-    assert run_with_every_cancellation(attempt) > 10
+    assert attempt_every_step(tmp_path, monkeypatch, attempt, answer=switch_and_speak) > 10

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import attrs
 import h2.events as events
 import trio
 from h2.config import H2Configuration
@@ -12,13 +11,13 @@ from h2.connection import ConnectionInputs, H2Connection, H2ConnectionStateMachi
 from h2.settings import SettingCodes, Settings
 
 from kamal_proxy.sockets import SocketStream
+from tests.http.answers import Answer, request_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from tests.http.answers import Fields
     from tests.http.streams import World
-
-Fields: TypeAlias = "Sequence[tuple[bytes, bytes]]"
 
 
 class PriorKnowledge(SocketStream):
@@ -26,34 +25,6 @@ class PriorKnowledge(SocketStream):
 
     __slots__ = ()
     alpn = "h2"
-
-
-@attrs.define(eq=False)
-class Answer:
-    """What has come on one stream.
-
-    Attributes:
-        informational: Status codes of 1xx responses.
-        fields: Fields of the response.
-        body: Its body so far.
-        trailers: Its trailers.
-        ended: Whether the last of it has come.
-        reset: The code with which the server has reset the stream, else None.
-    """
-
-    informational: list[int] = attrs.field(factory=list)
-    fields: list[tuple[bytes, bytes]] = attrs.field(factory=list)
-    body: bytearray = attrs.field(factory=bytearray)
-    trailers: list[tuple[bytes, bytes]] = attrs.field(factory=list)
-    ended: bool = False
-    reset: int | None = None
-
-    @property
-    def status(self) -> int:
-        return int(self.get(b":status")[0]) if self.fields else 0
-
-    def get(self, name: bytes) -> list[bytes]:
-        return [value for each, value in self.fields if each == name]
 
 
 class _StateMachine(H2ConnectionStateMachine):
@@ -121,32 +92,17 @@ class H2Client:
             await self.stream.send_all(data)
 
     async def request(
-        self,
-        path: bytes = b"/",
-        *,
-        method: bytes = b"GET",
-        host: bytes = b"app.test",
-        headers: Fields = (),
-        body: bytes | None = None,
-        end: bool = True,
+        self, path: bytes = b"/", *, body: bytes | None = None, end: bool = True, **more: Any
     ) -> int:
         """Send a request and return its stream.
 
         Args:
             path: Its path.
-            method: Its method.
-            host: Its authority.
-            headers: More fields.
             body: Its body; at most what the windows allow now.
             end: Whether it ends with that.
+            more: As for :func:`request_fields`.
         """
-        fields = [
-            (b":method", method),
-            (b":scheme", b"https"),
-            (b":authority", host),
-            (b":path", path),
-            *headers,
-        ]
+        fields = request_fields(path, **more)
         return await self.send_fields(fields, end=end and body is None, body=body, last=end)
 
     async def send_fields(

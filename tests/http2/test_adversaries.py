@@ -12,8 +12,9 @@ import trio.testing
 
 from kamal_proxy.http.h2_codec import CONNECTION_WINDOW, STREAM_WINDOW, TARGET_WINDOW
 from kamal_proxy.http.h2_stream import H2Stream
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state import SavedPause
+from kamal_proxy.target_options import TargetOptions
 from tests.http.streams import GET, HELLO, open_world, read_all, read_head, say_hello
 from tests.http2.clients import open_h2
 from tests.http2.targets import H2Peer, on_stream, use_h2c

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 from h2.exceptions import StreamClosedError
-from trio.testing import MockClock
 
-from tests.deploying import run_with_every_cancellation
-from tests.http.streams import HELLO, open_world, read_head, say_hello
-from tests.http2.clients import Answer, H2Client, PriorKnowledge
+from tests.http.stepping import attempt_every_step, serve_until
+from tests.http.streams import HELLO, read_head, say_hello
+from tests.http2.clients import H2Client, PriorKnowledge
 from tests.http2.test_websocket import CONNECT, echo
 from tests.http2.test_websocket import HELLO as MESSAGE
-from tests.pairs import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+    from tests.http.answers import Answer
+    from tests.http.streams import World
 
 BODY = bytes(200_000)
 
@@ -99,45 +100,26 @@ def test_cancelled_at_every_step(
     visit: Callable[[H2Client], Awaitable[None]],
     requests: int,
 ) -> None:
-    def attempt(step: int) -> bool:
-        async def main() -> bool:
-            directory = tmp_path / str(step)
-            directory.mkdir()
-            async with open_world(directory, monkeypatch, answer) as here:
-                stream, far = here.pair()
-                stream.__class__ = PriorKnowledge
-                ended = False
+    async def attempt(here: World, step: int) -> bool:
+        stream, far = here.pair()
+        stream.__class__ = PriorKnowledge
+        ended = False
 
-                async def go() -> None:
-                    nonlocal ended
-                    client = H2Client(far)
-                    with contextlib.suppress(trio.BrokenResourceError, EOFError, StreamClosedError):
-                        await client.open()
-                        await visit(client)
-                        ended = True
-                    await far.aclose()
+        async def go() -> None:
+            nonlocal ended
+            client = H2Client(far)
+            with contextlib.suppress(trio.BrokenResourceError, EOFError, StreamClosedError):
+                await client.open()
+                await visit(client)
+                ended = True
+            await far.aclose()
 
-                scope = trio.CancelScope()
-                steps = Steps(step, scope.cancel)
-                async with trio.open_nursery() as visitors:
-                    visitors.start_soon(go)
-                    trio.lowlevel.add_instrument(steps)
-                    with scope:
-                        await here.serve(stream)
-                    trio.lowlevel.remove_instrument(steps)
-                assert here.server.connections == 0
-                assert here.server.streams == 0
-                assert here.deployment.in_flight == 0
-                assert here.deployment.targets[0].in_flight == 0
-                assert len(here.poller) <= 2, "at most idle connections to the target are left"
-                assert len(here.logged) <= requests
-                assert {line["status"] for line in here.logged} <= {200, 499}
-                if here.targets:
-                    assert here.logged, "a request that reached the target is logged"
-                if not scope.cancel_called:
-                    assert ended
-                return scope.cancel_called
+        cancelled = await serve_until(
+            here, stream, go, step, requests=requests, statuses={200, 499}
+        )
+        assert here.server.streams == 0
+        assert len(here.poller) <= 2, "at most idle connections to the target are left"
+        assert ended or cancelled
+        return cancelled
 
-        return trio.run(main, clock=MockClock(autojump_threshold=0))
-
-    assert run_with_every_cancellation(attempt) > 10
+    assert attempt_every_step(tmp_path, monkeypatch, attempt, answer=answer) > 10

@@ -13,9 +13,10 @@ from trio.testing import wait_all_tasks_blocked
 from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.http.h2_connection import H2Connection
 from kamal_proxy.http.h2_stream import H2Stream
-from kamal_proxy.options import ServiceOptions, TargetOptions
+from kamal_proxy.options import ServiceOptions
 from kamal_proxy.state import SavedPause
-from tests.http.streams import HELLO, open_world, read_head
+from kamal_proxy.target_options import TargetOptions
+from tests.http.streams import HELLO, open_world, read_head, silent_after
 from tests.http2.clients import open_h2
 
 if TYPE_CHECKING:
@@ -538,13 +539,7 @@ async def test_the_end_of_a_drain_is_answered_with_504(
     world: Open, autojump_clock: trio.testing.MockClock
 ) -> None:
     reached = trio.Event()
-
-    async def answer(stream: trio.SocketStream) -> None:
-        await read_head(stream)
-        reached.set()
-        await trio.sleep_forever()
-
-    async with world(answer) as running:
+    async with world(silent_after(reached)) as running:
         client = await open_h2(running)
         stream = await client.request()
         await reached.wait()

@@ -8,7 +8,7 @@ import pytest
 import trio
 from h2.settings import SettingCodes
 
-from kamal_proxy.options import TargetOptions
+from kamal_proxy.target_options import TargetOptions
 from tests.http.streams import GET, open_world, read_all, read_head
 from tests.http2.targets import H2Peer, on_stream, use_h2c
 

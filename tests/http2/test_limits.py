@@ -13,14 +13,15 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kamal_proxy.http.h2_connection import H2Connection
 from kamal_proxy.http.h2_guard import PREFACE
-from tests.http.streams import HELLO, open_world, read_all, read_head
-from tests.http2.clients import Answer, H2Client, PriorKnowledge, open_h2
+from tests.http.streams import HELLO, hello_after, open_world, read_all, read_head
+from tests.http2.clients import H2Client, PriorKnowledge, open_h2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from tests.http.answers import Answer
     from tests.http.streams import World
 
     Open = Callable[..., AbstractAsyncContextManager[World]]
@@ -507,13 +508,7 @@ async def test_what_is_no_http_2(world: Open, data: bytes, code: int | None) -> 
 
 async def test_the_other_streams_go_on_after_a_goaway_of_the_client(world: Open) -> None:
     release = trio.Event()
-
-    async def answer(stream: trio.SocketStream) -> None:
-        await read_head(stream)
-        await release.wait()
-        await stream.send_all(HELLO)
-
-    async with world(answer) as running:
+    async with world(hello_after(release)) as running:
         client = await open_h2(running)
         stream = await client.request()
         await client.stream.send_all(frame(7, bytes(8)) + frame(PING, bytes(8)))

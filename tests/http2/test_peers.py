@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import attrs
@@ -11,6 +10,7 @@ import trio
 
 from kamal_proxy.options import ServiceOptions
 from tests.certificates import make_ca
+from tests.e2e.programs import needs, output_of
 from tests.http2.clients import H2Client
 from tests.running import open_embedded
 from tests.scripted import LOCALHOST, deploy_options, ok, open_upstream, reply
@@ -54,16 +54,6 @@ async def proxy(upstream: Upstream, files: tuple[str, str]) -> AsyncIterator[Emb
         yield embedded
 
 
-async def run(command: str, *arguments: str) -> str:
-    """Run a client and return what it has written."""
-    path = shutil.which(command)
-    if path is None:
-        pytest.skip(f"{command} is not installed")
-    with trio.fail_after(30):
-        done = await trio.run_process([path, *arguments], capture_stdout=True, capture_stderr=True)
-    return done.stdout.decode()
-
-
 async def test_the_h2_library_inside_tls(proxy: Embedded) -> None:
     context = client_context(AUTHORITY, alpn=("h2", "http/1.1"))
     async with await trio.open_tcp_stream(LOCALHOST, proxy.proxy.https_port) as stream:
@@ -100,7 +90,8 @@ async def test_a_client_that_reads_slowly_inside_tls_gets_every_byte(
         assert bytes((await client.answer(large)).body) == body
 
 
-async def test_curl(proxy: Embedded) -> None:
+@needs("curl", package="curl")
+async def test_curl(proxy: Embedded, tmp_path: Path) -> None:
     url = f"https://localhost:{proxy.proxy.https_port}/a"
     upload = "u" * 300_000
     arguments = (
@@ -112,34 +103,39 @@ async def test_curl(proxy: Embedded) -> None:
         "-w",
         " %{http_version} %{http_code}\n",
     )
-    shown = await run("curl", *arguments, "--data-binary", upload[:100_000], url, url)
+    shown = await output_of(
+        tmp_path, "curl", *arguments, "--data-binary", upload[:100_000], url, url
+    )
     assert shown.split() == ["hello", "2", "200"] * 2
     assert proxy.lines.requests[0]["req_content_length"] == 100_000
 
 
-async def test_nghttp(proxy: Embedded) -> None:
+@needs("nghttp", package="nghttp2-client")
+async def test_nghttp(proxy: Embedded, tmp_path: Path) -> None:
     url = f"https://localhost:{proxy.proxy.https_port}/"
-    shown = await run("nghttp", "-v", "--no-verify-peer", url)
+    shown = await output_of(tmp_path, "nghttp", "-v", "--no-verify-peer", url)
     assert "hello" in shown
     assert "END_STREAM" in shown
     assert "error_code=NO_ERROR" in shown
 
 
-async def test_h2load(proxy: Embedded) -> None:
+@needs("h2load", package="nghttp2-client")
+async def test_h2load(proxy: Embedded, tmp_path: Path) -> None:
     url = f"https://localhost:{proxy.proxy.https_port}/"
-    shown = await run("h2load", "-n", "200", "-c", "2", "-m", "20", url)
+    shown = await output_of(tmp_path, "h2load", "-n", "200", "-c", "2", "-m", "20", url)
     assert "200 succeeded, 0 failed, 0 errored" in shown
 
 
+@needs("h2load", package="nghttp2-client")
 async def test_deploys_under_load_lose_nothing(
-    proxy: Embedded, upstream: Upstream, files: tuple[str, str]
+    proxy: Embedded, upstream: Upstream, files: tuple[str, str], tmp_path: Path
 ) -> None:
     url = f"https://localhost:{proxy.proxy.https_port}/"
     shown = ""
 
     async def load(over: trio.CancelScope) -> None:
         nonlocal shown
-        shown = await run("h2load", "-n", "300", "-c", "3", "-m", "10", url)
+        shown = await output_of(tmp_path, "h2load", "-n", "300", "-c", "3", "-m", "10", url)
         over.cancel()
 
     async with open_upstream() as other, trio.open_nursery() as nursery:

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.http.streams import HELLO, open_world, read_all, read_head
+from tests.http.streams import HELLO, hello_after, open_world, read_all, read_head, silent_after
 from tests.http2.clients import open_h2
 from tests.http2.test_websocket import CONNECT, key_of
 from tests.websockets import accept
@@ -97,13 +97,7 @@ async def test_requests_in_flight_and_on_their_way_are_answered(world: Open) -> 
 
 async def test_what_comes_after_the_last_call_is_refused(world: Open) -> None:
     release = trio.Event()
-
-    async def answer(stream: trio.SocketStream) -> None:
-        await read_head(stream)
-        await release.wait()
-        await stream.send_all(HELLO)
-
-    async with world(answer) as running:
+    async with world(hello_after(release)) as running:
         client = await open_h2(running)
         first = await client.request()
         await client.ping()
@@ -126,13 +120,7 @@ async def test_what_comes_after_the_last_call_is_refused(world: Open) -> None:
 
 async def test_what_takes_too_long_is_answered_with_503(world: Open) -> None:
     reached = trio.Event()
-
-    async def answer(stream: trio.SocketStream) -> None:
-        await read_head(stream)
-        reached.set()
-        await trio.sleep_forever()
-
-    async with world(answer) as running:
+    async with world(silent_after(reached)) as running:
         client = await open_h2(running)
         stream = await client.request()
         await reached.wait()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -21,6 +20,7 @@ from aioquic.quic.events import (
 
 from kamal_proxy.http.h3_socket import listen_quic
 from kamal_proxy.http.http3 import Http3Server
+from tests.http import answers
 from tests.http.streams import World
 from tests.http3.quic import Quic, configuration
 from tests.http3.serving import certificate
@@ -31,45 +31,21 @@ if TYPE_CHECKING:
 
     from aioquic.quic.events import QuicEvent
 
+    from tests.http.answers import Fields
 
 GOAWAY = 0x7
 CONTROL = 3  # the stream that a server opens first
 
-Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
-
 
 @attrs.define(eq=False)
-class Answer:
+class Answer(answers.Answer):
     """What has come on one stream.
 
     Attributes:
-        informational: Status codes of 1xx responses.
-        fields: Fields of the response.
-        body: Its body so far.
-        trailers: Its trailers.
-        ended: Whether the last of it has come.
-        reset: The code with which the server has reset the stream, else None.
-        stopped: The code with which it wants no more of the request, else None.
+        stopped: The code with which the server wants no more of the request, else None.
     """
 
-    informational: list[int] = attrs.field(factory=list)
-    fields: list[tuple[bytes, bytes]] = attrs.field(factory=list)
-    body: bytearray = attrs.field(factory=bytearray)
-    trailers: list[tuple[bytes, bytes]] = attrs.field(factory=list)
-    ended: bool = False
-    reset: int | None = None
     stopped: int | None = None
-
-    @property
-    def status(self) -> int:
-        return int(self.get(b":status")[0]) if self.fields else 0
-
-    @property
-    def content(self) -> bytes:
-        return bytes(self.body)
-
-    def get(self, name: bytes) -> list[bytes]:
-        return [value for each, value in self.fields if each == name]
 
 
 class H3Client(Quic):
@@ -137,24 +113,10 @@ class H3Client(Quic):
             answer.ended = answer.ended or found.stream_ended
 
     def request(
-        self,
-        path: bytes = b"/",
-        *,
-        method: bytes = b"GET",
-        host: bytes = b"app.test",
-        headers: Fields = (),
-        body: bytes | None = None,
-        end: bool = True,
+        self, path: bytes = b"/", *, body: bytes | None = None, end: bool = True, **more: Any
     ) -> int:
-        """Send a request and return its stream."""
-        fields = [
-            (b":method", method),
-            (b":scheme", b"https"),
-            (b":authority", host),
-            (b":path", path),
-            *headers,
-        ]
-        return self.send_fields(fields, body=body, end=end)
+        """Send a request (see :func:`request_fields`) and return its stream."""
+        return self.send_fields(answers.request_fields(path, **more), body=body, end=end)
 
     def send_fields(self, fields: Fields, *, body: bytes | None = None, end: bool = True) -> int:
         """Send any fields as the head of a request and return its stream."""

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from kamal_proxy.http import h3_connection
-from kamal_proxy.options import TargetOptions
+from kamal_proxy.target_options import TargetOptions
 from tests.http.streams import HELLO, open_world, read_all, read_head, stay_silent
 from tests.http3.clients import open_front
 from tests.http3.quic import losing

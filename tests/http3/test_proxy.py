@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shutil
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from kamal_proxy.options import ServiceOptions
 from tests.certificates import make_ca
+from tests.e2e.browser import dump_page, needs_browser
 from tests.http3.clients import H3Client
 from tests.running import open_embedded
 from tests.scripted import deploy_options, open_upstream, respond
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from tests.scripted import Upstream
 
 AUTHORITY = make_ca()
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 UNRECOGNIZED_NAME = 0x100 + 112
 
 
@@ -121,33 +119,20 @@ async def test_the_proxy_stops(issued: Issued, tmp_path: Path, nursery: trio.Nur
         client.close()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+@needs_browser
 async def test_a_browser(proxy: Embedded, issued: Issued, tmp_path: Path) -> None:
     key = issued.certificate.public_key().public_bytes(
         Encoding.DER, PublicFormat.SubjectPublicKeyInfo
     )
     pin = base64.b64encode(hashlib.sha256(key).digest()).decode()
-    command = [
-        str(BROWSER),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path}/browser",
+    flags = (
         "--host-resolver-rules=MAP localhost 127.0.0.1",
         f"--ignore-certificate-errors-spki-list={pin}",
         f"--origin-to-force-quic-on=localhost:{proxy.https_port}",
-        "--dump-dom",
-        f"https://localhost:{proxy.https_port}/page",
-    ]
+    )
     async with open_upstream(respond(b"hello browser")) as upstream:
         await proxy.deploy(options(upstream, issued, tmp_path))
-        done = await trio.run_process(
-            command, capture_stdout=True, stderr=subprocess.DEVNULL, check=False
-        )
-        assert b"hello browser" in done.stdout
-        [page] = [line for line in proxy.lines.requests if line["path"] == "/page"]
-        assert (page["proto"], page["status"]) == ("HTTP/3.0", 200)
+        page = await dump_page(f"https://localhost:{proxy.https_port}/page", *flags)
+        assert "hello browser" in page
+        [line] = [line for line in proxy.lines.requests if line["path"] == "/page"]
+        assert (line["proto"], line["status"]) == ("HTTP/3.0", 200)

@@ -16,6 +16,7 @@ from kamal_proxy.tls.certificates import parse_certificate
 from kamal_proxy.tls.contexts import server_context
 from kamal_proxy.tls.stream import Handshake, HandshakeError, TlsStream
 from tests.certificates import make_ca
+from tests.pairs import SocketPeer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -45,14 +46,12 @@ def calling(
     return context
 
 
-class Peer:
-    """The client.
+class Peer(SocketPeer):
+    """The client. It has ended when the server has said goodbye.
 
     Attributes:
         tls: OpenSSL's side of it.
         shaken: Whether its handshake is done.
-        ended: Whether the server has said goodbye.
-        closed: Whether the connection has ended, with or without a goodbye.
         server_random: What the server's first message has made up.
     """
 
@@ -64,14 +63,12 @@ class Peer:
         name: str = "app.test",
         session: ssl.SSLSession | None = None,
     ) -> None:
-        self.far = far
+        super().__init__(far)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_hostname=name, session=session
         )
         self.shaken = False
-        self.ended = False
-        self.closed = False
         self.server_random = b""
 
     def shake(self) -> None:
@@ -105,6 +102,10 @@ class Peer:
             self.tls.unwrap()
         return self._outgoing.read()
 
+    def end(self) -> None:
+        """Say goodbye; the connection stays."""
+        self.far.sendall(self.goodbye())
+
     def receive(self) -> bytes:
         """Return what has arrived."""
         self._collect()
@@ -123,11 +124,12 @@ class Peer:
         return part
 
     def _collect(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while part := self.far.recv(1 << 20):
-                self.server_random = self.server_random or part[11:43]
-                self._incoming.write(part)
-            self.closed = True
+        for part in self._parts():
+            self.server_random = self.server_random or part[11:43]
+            self._incoming.write(part)
+
+
+Pair = tuple[TlsStream, Peer]
 
 
 @attrs.define
@@ -175,7 +177,7 @@ async def secured(
     *,
     session: ssl.SSLSession | None = None,
     pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
-) -> AsyncIterator[tuple[TlsStream, Peer]]:
+) -> AsyncIterator[Pair]:
     """Yield both ends of a connection whose handshake is done; close both."""
     near, far = pair()
     far.setblocking(False)

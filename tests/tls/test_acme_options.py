@@ -6,7 +6,7 @@ import pytest
 
 from kamal_proxy.errors import InvalidOptionsError
 from kamal_proxy.metrics import Metrics
-from kamal_proxy.options import AcmeOptions
+from kamal_proxy.run_options import AcmeOptions
 
 DIRECTORY = "https://ca.example.com/acme/directory"
 SECRET = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"

@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from kamal_proxy.errors import CertificateNotFoundError, InvalidOptionsError
-from kamal_proxy.options import AcmeOptions, ServiceOptions
+from kamal_proxy.options import ServiceOptions
+from kamal_proxy.run_options import AcmeOptions
 from tests.running import open_embedded
 from tests.scripted import deploy_options, open_client
 from tests.secure import client_context, open_secure

@@ -33,6 +33,7 @@ from tests.certificates import (
     self_signed,
 )
 from tests.fuzzing import at_least
+from tests.no_files import make_device, make_directory, make_fifo, make_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -414,22 +415,6 @@ def details(certificate_path: object, key_path: object) -> list[str]:
     with pytest.raises(CertificateError) as caught:
         load_certificate(str(certificate_path), str(key_path))
     return list(caught.value.details)
-
-
-def make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_directory(path: Path) -> None:
-    path.mkdir()
-
-
-def make_device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def make_loop(path: Path) -> None:
-    path.symlink_to(path.name)
 
 
 def make_nothing(path: Path) -> None:

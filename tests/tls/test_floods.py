@@ -10,7 +10,6 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.tls.stream import BLOCK_SIZE, TlsStream
-from tests.pairs import running_poller
 from tests.tls.hellos import message
 from tests.tls.peers import Peer, calling, secured
 from tests.tls.records import HANDSHAKE, Writer12, Writer13, logged
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
     from kamal_proxy.sockets import Poller
 
 V = ssl.TLSVersion
-
-
-@pytest.fixture
-async def poller() -> AsyncIterator[Poller]:
-    async with running_poller() as poller:
-        yield poller
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from kamal_proxy.http.https import HttpsFront
 from kamal_proxy.listeners import Clients
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.networks import Networks
-from kamal_proxy.options import RunOptions, ServiceOptions
+from kamal_proxy.options import ServiceOptions
+from kamal_proxy.run_options import RunOptions
 from kamal_proxy.tls.certificates import parse_certificate
 from kamal_proxy.tls.files import TlsFiles
 from kamal_proxy.tls.hello import ClientHello

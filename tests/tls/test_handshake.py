@@ -14,22 +14,16 @@ from trio.testing import wait_all_tasks_blocked
 from kamal_proxy.sockets import Poller, SocketStream
 from kamal_proxy.tls.stream import HandshakeError, TlsStream, alert
 from tests.certificates import Issued, make_ca, self_signed
-from tests.pairs import running_poller, stream_pair
+from tests.pairs import stream_pair
 from tests.tls.hellos import message, real_hello, records, sized
 from tests.tls.peers import CA, VERSIONS, Peer, Result, calling, handshake, secured, serve, serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 Ends = tuple[SocketStream, socket.socket]
 BOTH = pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
-
-
-@pytest.fixture
-async def poller() -> AsyncIterator[Poller]:
-    async with running_poller() as poller:
-        yield poller
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from cryptography import x509
 from kamal_proxy.errors import AcmeError, CertificateNotFoundError, CertificateStoreError
 from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
-from kamal_proxy.options import AcmeOptions
+from kamal_proxy.run_options import AcmeOptions
 from kamal_proxy.tls import acme_client
 from kamal_proxy.tls import issuer as issuer_module
 from kamal_proxy.tls import store as store_module
@@ -824,7 +824,7 @@ CRASHES = """
 import sys, trio
 from kamal_proxy.logs import Log
 from kamal_proxy.metrics import Metrics
-from kamal_proxy.options import AcmeOptions
+from kamal_proxy.run_options import AcmeOptions
 from kamal_proxy.tls.issuer import Authority, Issuer
 directory, ca_file, path = sys.argv[1:]
 issuer = Issuer(AcmeOptions(directory=directory, ca_file=ca_file), Log(print), Metrics())

@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from kamal_proxy.logs import Log
-from kamal_proxy.options import AcmeOptions, ServiceOptions
+from kamal_proxy.options import ServiceOptions
+from kamal_proxy.run_options import AcmeOptions
 from kamal_proxy.tls.on_demand import BURST, DENIAL_LASTS, Answer, OnDemand, with_host
 from tests.running import Lines, open_embedded
 from tests.scripted import deploy_options, ok, open_upstream

@@ -32,8 +32,8 @@ from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import KamalProxyError, StateError
 from kamal_proxy.http.probe import HttpProbe
 from kamal_proxy.metrics import Metrics
-from kamal_proxy.options import RunOptions
 from kamal_proxy.proxy import Proxy, open_proxy
+from kamal_proxy.run_options import RunOptions
 from kamal_proxy.state import StateFile
 from kamal_proxy.udp import state_format
 from kamal_proxy.udp.options import (

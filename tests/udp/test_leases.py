@@ -22,7 +22,7 @@ from kamal_proxy.errors import (
     PortConflictError,
     ShuttingDownError,
 )
-from kamal_proxy.udp import leases, ports, services
+from kamal_proxy.udp import descriptors, leases, ports, running, services
 from tests.deploying import run_with_every_cancellation, save_in_this_thread
 from tests.pairs import Steps
 from tests.scripted import LOCALHOST
@@ -275,7 +275,7 @@ async def test_ranges_that_are_too_large_are_refused_at_once(
 
 
 async def test_listeners_leave_less_room_for_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "available_descriptors", lambda wanted, *, keep: 6)
+    monkeypatch.setattr(descriptors, "available_descriptors", lambda wanted, *, keep: 6)
     span = free_range(4)
     async with open_services() as room:
         await room.deploy("calls", server(room, "v1", span[0]), **media(span, limit=7))
@@ -296,7 +296,7 @@ async def test_how_many_sockets_calls_may_need(monkeypatch: pytest.MonkeyPatch) 
         asked.append(wanted)
         return wanted
 
-    monkeypatch.setattr(services, "available_descriptors", available)
+    monkeypatch.setattr(descriptors, "available_descriptors", available)
     span = free_range(4)
     async with open_services() as room:
         await room.deploy("calls", f"{SERVER}:7880", **media(span, limit=100))
@@ -647,7 +647,7 @@ async def test_a_port_of_a_range_that_is_taken_at_the_start(
 
 async def test_no_session_has_a_port_of_a_range_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     span = free_range(10)
-    monkeypatch.setattr(services, "_port_range", lambda: (span[0], span[-1]))
+    monkeypatch.setattr(running, "_port_range", lambda: (span[0], span[-1]))
     async with open_services() as room:
         target = server(room, "v1", span[8])
         await room.deploy("calls", target, **media(span[2:9]))
@@ -669,7 +669,7 @@ async def test_a_session_that_begins_meanwhile_gets_no_port_of_the_range(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     span = free_range(80)
-    monkeypatch.setattr(services, "_port_range", lambda: (span[0], span[-1]))
+    monkeypatch.setattr(running, "_port_range", lambda: (span[0], span[-1]))
     async with open_services() as room:
         v1 = room.target("v1")
         await room.deploy("game", v1, limit=20_000)

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from kamal_proxy.errors import KamalProxyError
-from kamal_proxy.udp import services
+from kamal_proxy.udp import descriptors, running
 from tests.scripted import LOCALHOST
 from tests.udp.serving import (
     UNANSWERED,
@@ -311,7 +311,7 @@ async def test_too_few_descriptors_for_all_sessions_are_told_at_the_deploy(
         asked.append(wanted)
         return min(wanted, 500)
 
-    monkeypatch.setattr(services, "available_descriptors", available)
+    monkeypatch.setattr(descriptors, "available_descriptors", available)
     async with open_services() as room:
         message = "The limit of open files allows fewer UDP sessions than --max-sessions"
         targets = [room.target("v1"), room.target("v2")]
@@ -345,7 +345,7 @@ async def test_source_ports_are_used_once_for_each_target(monkeypatch: pytest.Mo
     low = free_port()
     while not all(is_free(low + number) for number in range(10)):
         low = free_port()
-    monkeypatch.setattr(services, "_port_range", lambda: (low, low + 9))
+    monkeypatch.setattr(running, "_port_range", lambda: (low, low + 9))
     async with open_services() as room:
         v1, v2 = room.target("v1"), room.target("v2")
         await room.deploy("game", v1, v2, limit=20_000)

@@ -17,7 +17,7 @@ from kamal_proxy import sockets
 from kamal_proxy.health import ProbeResult
 from kamal_proxy.http.probe import HttpProbe
 from kamal_proxy.listeners import listen_tcp
-from kamal_proxy.options import HealthCheckOptions
+from kamal_proxy.target_options import HealthCheckOptions
 from kamal_proxy.udp.options import UdpHealthCheckOptions
 from kamal_proxy.udp.probe import HttpCheck, NoProbe, TcpProbe, probe_for
 from tests.deploying import run_with_every_cancellation

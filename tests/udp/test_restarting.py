@@ -14,7 +14,7 @@ import trio
 from kamal_proxy import sockets
 from kamal_proxy.errors import PortConflictError, StateError
 from kamal_proxy.proxy_protocol import encode_v2
-from kamal_proxy.udp import saved_sessions, services
+from kamal_proxy.udp import saved_sessions, services, session_saving
 from kamal_proxy.udp.saved_sessions import RECORD, ServiceSessions
 from tests.scripted import LOCALHOST
 from tests.udp.serving import (
@@ -240,7 +240,7 @@ async def test_several_services(tmp_path: Path, world: World) -> None:
 async def test_a_crash_costs_what_came_since_the_last_save(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "_SAVE_INTERVAL", 0.02)
+    monkeypatch.setattr(session_saving, "_SAVE_INTERVAL", 0.02)
     v1, clients = world.target("v1"), [world.client() for _ in range(3)]
     path, crashed = tmp_path / "path", tmp_path / "crashed"
     path.mkdir()

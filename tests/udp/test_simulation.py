@@ -10,15 +10,13 @@ does all choices again (but not the timing).
 from __future__ import annotations
 
 import math
-import os
 import random
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import trio
-from hypothesis import settings
 from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy import PauseOptions, StopOptions
@@ -28,14 +26,15 @@ from tests.udp.serving import (
     Deploying,
     Target,
     World,
-    descriptors,
     is_free,
     open_services,
     open_world,
     until,
 )
+from tests.udp.simulating import simulate
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 TIMEOUT = 0.5  # seconds of silence after which a session is over
@@ -43,7 +42,6 @@ TICK = 0.1  # the relay looks at them so often
 CLOSE = 0.02  # seconds by which what the model measures may be off
 NAMES = ("v1", "v2", "v3", "v4", "v5")
 CLIENTS = 12
-STEPS = 100
 RUNS = 2
 ACTIONS = {
     "talk": 50,
@@ -137,6 +135,7 @@ class Simulation:
         self.path = path
         self.steps: list[str] = []
         self.strategy = self.chance.choice(("5-tuple", "source-ip", "source-port", "none"))
+        self.setting = f"affinity {self.strategy}"
         self.targets = [world.target(name) for name in NAMES]
         self.alive = set(self.targets)
         self.speakers: list[Speaker] = []
@@ -500,26 +499,12 @@ class Simulation:
         assert sum(each.completed + each.cancelled for each in results) <= ended
 
 
-async def simulate(seed: int, path: Path) -> None:
-    before = descriptors()
+@asynccontextmanager
+async def open_simulation(seed: int, path: Path) -> AsyncIterator[Simulation]:
     async with open_world() as world:
-        simulation = Simulation(seed, world, path)
-        try:
-            await simulation.run(STEPS)
-        except BaseException as error:
-            error.add_note(f"UDP_SIMULATION_SEED={seed} affinity {simulation.strategy}")
-            error.add_note("\n".join(simulation.steps[-60:]))
-            raise
-    assert descriptors() == before, "a descriptor was left open"
+        yield Simulation(seed, world, path)
 
 
 @pytest.mark.fuzz
 async def test_any_course_of_events(tmp_path: Path) -> None:
-    """A few runs; with ``make fuzz`` a hundred."""
-    if given := os.environ.get("UDP_SIMULATION_SEED"):
-        seeds = [int(given)]
-    else:
-        runs = max(RUNS, settings().max_examples // 200)
-        seeds = [random.SystemRandom().randrange(2**32) for _ in range(runs)]
-    for number, seed in enumerate(seeds):
-        await simulate(seed, tmp_path / str(number))
+    await simulate(open_simulation, tmp_path, RUNS)

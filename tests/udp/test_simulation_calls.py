@@ -9,20 +9,21 @@ counts add up. With ``UDP_SIMULATION_SEED=...`` all choices of a failed run are 
 from __future__ import annotations
 
 import math
-import os
 import random
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import trio
-from hypothesis import settings
 
 from tests.udp.callers import Calls, MediaServer, Phone, open_calls
 from tests.udp.calling import ALERT, record
-from tests.udp.serving import Deploying, descriptors, until
+from tests.udp.serving import Deploying, until
+from tests.udp.simulating import simulate
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 TIMEOUT = 0.6  # seconds of silence after which a session is over
@@ -30,7 +31,6 @@ TICK = 0.1  # the relay looks at them so often
 CLOSE = 0.1  # seconds by which what the model measures may be off on a busy machine
 NAMES = ("v1", "v2", "v3", "v4")
 CALLERS = 10  # of each kind
-STEPS = 100
 RUNS = 1
 ACTIONS = {
     "check": 30,
@@ -109,6 +109,8 @@ class Simulation:
         seed: Chooses everything.
         calls: Where it takes place.
     """
+
+    setting = ""
 
     def __init__(self, seed: int, calls: Calls) -> None:
         self.chance = random.Random(seed)
@@ -485,26 +487,12 @@ def names_of(arrived: list[Seen]) -> list[str]:
     return [each.server.name for each in arrived]
 
 
-async def simulate(seed: int, path: Path) -> None:
-    before = descriptors()
+@asynccontextmanager
+async def open_simulation(seed: int, path: Path) -> AsyncIterator[Simulation]:
     async with open_calls(path) as calls:
-        simulation = Simulation(seed, calls)
-        try:
-            await simulation.run(STEPS)
-        except BaseException as error:
-            error.add_note(f"UDP_SIMULATION_SEED={seed}")
-            error.add_note("\n".join(simulation.steps[-60:]))
-            raise
-    assert descriptors() == before, "a descriptor was left open"
+        yield Simulation(seed, calls)
 
 
 @pytest.mark.fuzz
 async def test_any_course_of_calls(tmp_path: Path) -> None:
-    """A few runs; with ``make fuzz`` a hundred."""
-    if given := os.environ.get("UDP_SIMULATION_SEED"):
-        seeds = [int(given)]
-    else:
-        runs = max(RUNS, settings().max_examples // 200)
-        seeds = [random.SystemRandom().randrange(2**32) for _ in range(runs)]
-    for number, seed in enumerate(seeds):
-        await simulate(seed, tmp_path / str(number))
+    await simulate(open_simulation, tmp_path, RUNS)
