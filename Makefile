@@ -22,7 +22,7 @@ export LEAK_ROUNDS ?= 1000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-udp run test lint format bench bench-tls bench-udp sanitize fuzz soak
+.PHONY: help build demo demo-udp run test lint format bench bench-udp sanitize fuzz soak
 .PHONY: clean
 
 help: ## list the targets
@@ -64,11 +64,8 @@ format: $(BUILT) ## format the code
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
 
-bench: $(BUILT) ## measure CPU per request and memory beside nginx (BENCH_FLAGS=--smoke)
-	@$(BIN)/python -m benchmarks.http_cpu $(BENCH_FLAGS)
-
-bench-tls: $(BUILT) ## measure CPU per HTTPS request and handshake beside nginx (BENCH_FLAGS=--smoke)
-	@$(BIN)/python -m benchmarks.https_cpu $(BENCH_FLAGS)
+bench: $(BUILT) ## measure CPU per request and memory beside nginx, HAProxy, Caddy (BENCH_FLAGS=--smoke)
+	@$(BIN)/python -m benchmarks.http $(BENCH_FLAGS)
 
 bench-udp: $(BUILT) ## measure CPU per datagram beside nginx and a bare C relay (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.udp $(BENCH_FLAGS)

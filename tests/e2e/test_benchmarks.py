@@ -10,13 +10,10 @@ import sys
 import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import https_cpu, wrk
-from benchmarks.idle import answers, complete
 from benchmarks.processes import BenchmarkError, Running, family, need, running
 from benchmarks.udp.calls import FEW, OTHER_PORTS, ways_of
 from benchmarks.udp.load import Load, compiled, running_load
@@ -24,53 +21,14 @@ from benchmarks.udp.media import Media, running_media
 from benchmarks.udp.network import free_port, free_range
 from benchmarks.udp.shapes import RTP_BYTES, Shape, shape
 from benchmarks.udp.weighing import weigh
+from tests.e2e.smoke import smoke
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     Address = tuple[str, int]
     Answers = list[tuple[bytes, Address]]
-
-ROOT = Path(__file__).parents[2]
-
-REPORT = """\
-Running 2s test @ http://127.0.0.1:8000/
-  1 threads and 64 connections
-  Thread Stats   Avg      Stdev     Max   +/- Stdev
-    Latency     1.55ms  421.11us  13.94ms   92.51%
-    Req/Sec    40.91k     2.79k   44.33k    85.00%
-  Latency Distribution
-     50%  950.00us
-     75%    1.66ms
-     90%    1.84ms
-     99%    2.61ms
-  81515 requests in 2.02s, 14.15MB read
-Requests/sec:  40262.25
-Transfer/sec:      6.99MB
-"""
-
-
-def test_wrk_report_is_read() -> None:
-    load = wrk.parse(REPORT)
-
-    assert (load.requests, load.per_second, load.errors) == (81515, 40262.25, 0)
-    assert load.median == pytest.approx(0.00095)
-    assert load.p99 == pytest.approx(0.00261)
-
-
-def test_wrk_errors_of_every_kind_are_added_up() -> None:
-    errors = (
-        "  Socket errors: connect 1, read 20, write 300, timeout 4000\n"
-        "  Non-2xx or 3xx responses: 50000\n"
-    )
-
-    assert wrk.parse(REPORT.replace("Requests/sec", errors + "Requests/sec")).errors == 54321
-
-
-@pytest.mark.parametrize("report", ["", REPORT.replace("81515", "0"), REPORT.replace("99%", "98%")])
-def test_a_report_without_results_is_refused(report: str) -> None:
-    with pytest.raises(BenchmarkError):
-        wrk.parse(report)
 
 
 def test_a_missing_program_is_named_with_its_package() -> None:
@@ -104,67 +62,6 @@ def test_cpu_and_memory_count_the_children_too(tmp_path: Path) -> None:
     assert len(members) == 2
     assert cpu > 0.05
     assert rss > 50_000_000
-
-
-@pytest.mark.parametrize(
-    ("parts", "good"),
-    [
-        ([b"HTTP/1.1 200 OK\r\nContent-Le", b"ngth: 2\r\n\r\no", b"k"], True),
-        ([b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n"], False),
-        ([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no"], False),
-        ([], False),
-    ],
-)
-def test_an_idle_client_knows_a_good_answer(parts: list[bytes], good: bool) -> None:
-    ours, theirs = socket.socketpair()
-
-    def serve() -> None:
-        with theirs:
-            theirs.recv(65536)
-            for part in parts:
-                theirs.sendall(part)
-
-    thread = threading.Thread(target=serve)
-    with ours:
-        thread.start()
-        assert answers(ours) is good
-        thread.join()
-
-
-def test_an_answer_of_unknown_length_stops_the_benchmark() -> None:
-    with pytest.raises(BenchmarkError, match="without Content-Length"):
-        complete(b"HTTP/1.1 200 OK\r\n\r\n")
-
-
-# --- HTTPS ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("load", [https_cpu.handshakes, https_cpu.http2])
-def test_a_load_without_one_success_stops_the_benchmark(
-    load: Callable[[Running, int, int], int], tmp_path: Path
-) -> None:
-    with socket.socket() as unheard:  # bound, but nobody listens
-        unheard.bind(("127.0.0.1", 0))
-        program = Running("it", 0, 0, tmp_path, tls_port=unheard.getsockname()[1])
-
-        with pytest.raises(BenchmarkError, match=r"(openssl|h2load) failed: ."):
-            load(program, 1, 1)
-
-
-def test_the_https_benchmark_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.https_cpu", "--smoke"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-    assert (done.returncode, done.stderr) == (0, "")
-    for part in ("nginx", "kamal_proxy", "plain, per request", "TLS, per request"):
-        assert part in done.stdout
-    for part in ("full handshake, per handshake", "HTTP/2, TLS, per request"):
-        assert part in done.stdout
 
 
 # --- datagrams -----------------------------------------------------------------------------------
@@ -266,7 +163,7 @@ def swap_pairs() -> Callable[[int, bytes, Address], Answers]:
     return answer
 
 
-@pytest.mark.parametrize(
+whatever_goes_wrong = pytest.mark.parametrize(
     ("script", "counted"),
     [
         (echo, {}),
@@ -277,15 +174,22 @@ def swap_pairs() -> Callable[[int, bytes, Address], Answers]:
         (tell_another_the_third, {"wrong": 1}),
     ],
 )
+
+
+def require_counts(report: object, counted: dict[str, int], *names: str) -> None:
+    """Check what a load that sent 20 datagrams has counted, where it is not what is usual."""
+    usual = dict.fromkeys(names, 0) | {"answered": 20}
+    assert {name: getattr(report, name) for name in usual} == usual | counted
+
+
+@whatever_goes_wrong
 def test_the_udp_load_counts_what_goes_wrong(
     load: Load, script: Callable[[int, bytes, Address], Answers], counted: dict[str, int]
 ) -> None:
     with scripted_relay(script) as relay:
         report = load.run(relay.port, Shape(64, 2), 20, window=1)
 
-    names = ("answered", "lost", "late", "out_of_order", "wrong")
-    usual = dict.fromkeys(names, 0) | {"answered": 20}
-    assert {name: getattr(report, name) for name in names} == usual | counted
+    require_counts(report, counted, "lost", "late", "out_of_order", "wrong")
 
 
 def test_the_udp_load_counts_answers_out_of_order(load: Load) -> None:
@@ -332,26 +236,14 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Media]:
         yield started
 
 
-@pytest.mark.parametrize(
-    ("script", "counted"),
-    [
-        (echo, {}),
-        (lose_the_third, {"answered": 19, "lost": 1}),
-        (double_the_third, {"late": 1}),
-        (cut_the_third, {"wrong": 1}),
-        (spoil_the_third, {"wrong": 1}),
-        (tell_another_the_third, {"wrong": 1}),
-    ],
-)
+@whatever_goes_wrong
 def test_the_media_load_counts_what_goes_wrong(
     media: Media, script: Callable[[int, bytes, Address], Answers], counted: dict[str, int]
 ) -> None:
     with scripted_relay(script) as relay:
         report = media.run(range(relay.port, relay.port + 1), Shape(RTP_BYTES, 2), 20)
 
-    names = ("answered", "lost", "late", "wrong")
-    usual = dict.fromkeys(names, 0) | {"answered": 20}
-    assert {name: getattr(report, name) for name in names} == usual | counted
+    require_counts(report, counted, "lost", "late", "wrong")
 
 
 def test_the_media_load_sends_rtp(media: Media) -> None:
@@ -442,16 +334,9 @@ def test_the_weight_of_a_deploy_is_what_it_adds(tmp_path: Path) -> None:
 
 
 def test_the_udp_benchmark_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.udp", "--smoke"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    shown = smoke("benchmarks.udp")
 
-    assert (done.returncode, done.stderr) == (0, "")
     for part in ("kamal", "bare", "CPU for a relayed datagram", "Added latency", "flood"):
-        assert part in done.stdout
+        assert part in shown
     for part in ("What a service of calls weighs", "1,000", "CPU for a relayed RTP datagram"):
-        assert part in done.stdout
+        assert part in shown

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
+from typing import TYPE_CHECKING
 
 import attrs
 
 from benchmarks.processes import BenchmarkError, need
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -31,21 +36,30 @@ class Load:
     errors: int
 
 
-def run(port: int, seconds: int, connections: int, *, host: str = "", scheme: str = "http") -> Load:
-    """Send GET requests as fast as answers come, on keep-alive connections, from one thread.
+def run(
+    url: str, seconds: int, connections: int, headers: Mapping[str, str], *, body: int = 0
+) -> Load:
+    """Send requests as fast as answers come, from one thread.
 
     Args:
-        port: Where to, on 127.0.0.1.
+        url: Whence.
         seconds: For how long.
-        connections: How many at once.
-        host: The Host header; that of the URL by default.
-        scheme: ``http`` or ``https``.
+        connections: How many at once; they are kept, unless a header says otherwise.
+        headers: Sent with each request.
+        body: Bytes that are posted; GET without any.
+
+    Raises:
+        BenchmarkError: wrk is not installed, or fails.
     """
     command = [need("wrk", "wrk"), "--threads=1", f"--connections={connections}"]
     command += [f"--duration={seconds}s", "--latency", "--timeout=10s"]
-    command += [f"--header=Host: {host}"] if host else []
-    command.append(f"{scheme}://127.0.0.1:{port}/")
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    command += [f"--header={name}: {value}" for name, value in headers.items()]
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        if body:
+            script.write(f'wrk.method, wrk.body = "POST", string.rep("x", {body})')
+            script.flush()
+            command.append(f"--script={script.name}")
+        done = subprocess.run([*command, url], check=False, capture_output=True, text=True)
     if done.returncode:
         raise BenchmarkError(f"wrk failed: {done.stderr.strip() or done.stdout.strip()}")
     return parse(done.stdout)

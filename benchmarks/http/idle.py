@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from benchmarks.http.contenders import HOST
 from benchmarks.processes import BenchmarkError
 
 if TYPE_CHECKING:
     from benchmarks.processes import Running
 
-REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+REQUEST = f"GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
 SPARE_DESCRIPTORS = 300
 TIMEOUT = 10.0
 

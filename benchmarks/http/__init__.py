@@ -1,0 +1,1 @@
+"""CPU time, latency and memory of HTTP proxies beside each other; see ``__main__``."""
