@@ -55,7 +55,7 @@ class Dialer:
         self._port = port
         self._addresses: list[_Address] = []
         self._resolved_at = -math.inf
-        self._resolving = trio.Lock()  # one lookup serves all that wait for it
+        self._lookup: trio.Event | None = None  # set when it is over: one serves all that wait
         self._failed_at = -math.inf
         self._failure = ""
 
@@ -81,25 +81,31 @@ class Dialer:
 
     async def _resolve(self) -> bool:
         """Look the name up unless that was done just now; return whether it was looked up."""
-        async with self._resolving:
+        while True:
             now = trio.current_time()
             if now - self._resolved_at < _RESOLVE_AGE:
                 return False
             if now - self._failed_at < _FAILURE_AGE:
                 raise ConnectError(self._failure)
-            try:
-                self._addresses = await sockets.resolve(
-                    self._host, self._port, self._poller.lookups
-                )
-            except (OSError, UnicodeError) as error:  # a label can be too long for a name service
-                reason = error.strerror if isinstance(error, OSError) else "malformed name"
-                # The name service may be down for a moment: the last known addresses still serve.
-                if not self._addresses:
-                    self._failed_at = trio.current_time()
-                    self._failure = f"can't resolve {self._host}: {reason}"
-                    raise ConnectError(self._failure) from error
-            self._resolved_at = trio.current_time()
-            return True
+            if self._lookup is None:
+                break
+            # All that wait go on at once; after a lock, one would with each turn of the scheduler.
+            await self._lookup.wait()
+        lookup = self._lookup = trio.Event()
+        try:
+            self._addresses = await sockets.resolve(self._host, self._port, self._poller.lookups)
+        except (OSError, UnicodeError) as error:  # a label can be too long for a name service
+            reason = error.strerror if isinstance(error, OSError) else "malformed name"
+            # The name service may be down for a moment: the last known addresses still serve.
+            if not self._addresses:
+                self._failed_at = trio.current_time()
+                self._failure = f"can't resolve {self._host}: {reason}"
+                raise ConnectError(self._failure) from error
+        finally:
+            self._lookup = None
+            lookup.set()
+        self._resolved_at = trio.current_time()
+        return True
 
     async def _connect_any(self) -> tuple[SocketStream | None, str]:
         reason = "no address"

@@ -227,6 +227,41 @@ async def test_one_lookup_serves_all_that_wait(place: Place, autojump_clock: Moc
         connection.stream.close()
 
 
+class Turns(trio.abc.Instrument):
+    """Counts the turns of the scheduler."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_all_that_wait_for_a_lookup_go_on_at_once(
+    place: Place, autojump_clock: MockClock, known: bool
+) -> None:
+    """Under load a turn takes long: one after another would be seconds for the last."""
+    place.patience = 1
+    made: list[UpstreamConnection] = []
+
+    async def connect() -> None:
+        made.append(await place.pool.connect())
+
+    if known:
+        await connect()
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(connect)
+        trio.lowlevel.add_instrument(turns)
+    trio.lowlevel.remove_instrument(turns)
+    for connection in made:
+        connection.stream.close()
+    assert len(made) == 50 + known
+    assert turns.count < 25
+
+
 async def test_a_lookup_that_is_given_up_leaves_the_others_theirs(
     place: Place, autojump_clock: MockClock
 ) -> None:
