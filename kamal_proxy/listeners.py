@@ -251,8 +251,6 @@ async def accept(
             # A place is free once this returns; whoever accepts first has it.
             await clients.limiter.acquire()
             clients.limiter.release()
-        elif error.errno not in _CAPACITY_ERRNOS:
-            raise error
         else:
             if trio.current_time() - told > _TELL_INTERVAL:
                 told = trio.current_time()
@@ -273,14 +271,20 @@ class _Acceptor:
         self._waiter: trio.lowlevel.Task | None = None
 
     async def wait_stopped(self) -> OSError | None:
-        """Accept until that is not possible, or until cancelled.
+        """Accept until that is not possible for now, or until cancelled.
 
         Returns:
             Why it is not; None if there may be no more connections.
+
+        Raises:
+            OSError: it will never be.
         """
         fd = self._listener.fileno()
         self._waiter = trio.lowlevel.current_task()
-        self._poller.watch_listener(fd, self)
+        try:
+            self._poller.watch_listener(fd, self)
+        except OSError as full:  # the kernel has no room for it
+            return full
 
         def abort(_: Callable[[], None]) -> trio.lowlevel.Abort:
             self._poller.forget_listener(fd)
@@ -294,7 +298,7 @@ class _Acceptor:
         # What is left is told of again, after the others have had their turn.
         for _attempt in range(_ACCEPTS_PER_TURN):
             if not self._limiter.value:
-                self._stop(None)
+                self._stop(outcome.Value(None))
                 return
             try:
                 sock, address = self._listener.accept()
@@ -303,21 +307,22 @@ class _Acceptor:
             except OSError as error:
                 if error.errno in _ACCEPT_AGAIN_ERRNOS:
                     continue
-                self._stop(error)
+                transient = error.errno in _CAPACITY_ERRNOS
+                self._stop(outcome.Value(error) if transient else outcome.Error(error))
                 return
             try:
                 stream = self._poller.open_stream(sock)
-            except OSError as error:
+            except OSError as error:  # whatever it is, it is this connection's only
                 sock.close()
-                self._stop(error)
+                self._stop(outcome.Value(error))
                 return
             self._limiter.acquire_nowait()
             self._begin(stream, _client_address(address))
 
-    def _stop(self, error: OSError | None) -> None:
+    def _stop(self, why: outcome.Outcome[OSError | None]) -> None:
         assert self._waiter is not None
         self._poller.forget_listener(self._listener.fileno())
-        trio.lowlevel.reschedule(self._waiter, outcome.Value(error))
+        trio.lowlevel.reschedule(self._waiter, why)
 
 
 def _client_address(address: object) -> Address:

@@ -353,6 +353,62 @@ async def test_errors_of_one_connection_are_skipped(
     assert accepted == [0]
 
 
+async def test_what_goes_wrong_with_one_connection_costs_that_one_only(
+    poller: Poller, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even an error that nobody has thought of ends accepting."""
+    (one, far), (two, other) = socket.socketpair(), socket.socketpair()
+    listener = ScriptedListener(one, two)
+    told: list[str | None] = []
+    served: list[int] = []
+    open_stream = poller.open_stream
+
+    def fail_once(sock: socket.socket) -> SocketStream:
+        monkeypatch.undo()
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    async def handle(stream: SocketStream, _: object) -> None:
+        served.append(stream.fileno())
+
+    monkeypatch.setattr(poller, "open_stream", fail_once)
+    limiter = trio.Semaphore(1)
+    with trio.move_on_after(1), far, other:
+        async with trio.open_nursery() as nursery:
+            clients = Clients(nursery, limiter)
+            await accepting(listener, poller, handle, clients, lambda e: told.append(e.strerror))
+    listener.close()
+    assert poller.open_stream == open_stream
+    assert (told, len(served), one.fileno()) == (["Invalid argument"], 1, -1)
+    assert limiter.value == 1
+
+
+async def test_no_room_to_watch_a_listener(
+    poller: Poller, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    listener = ScriptedListener(near)
+    told: list[str | None] = []
+    accepted: list[float] = []
+    start = trio.current_time()
+
+    def fail(fd: int, pollable: object) -> None:
+        if trio.current_time() - start > 5:
+            monkeypatch.undo()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def handle(_: SocketStream, __: object) -> None:
+        accepted.append(trio.current_time() - start)
+
+    monkeypatch.setattr(poller, "watch_listener", fail)
+    with trio.move_on_after(10), far:
+        async with trio.open_nursery() as nursery:
+            clients = Clients(nursery, trio.Semaphore(1))
+            await accepting(listener, poller, handle, clients, lambda e: told.append(e.strerror))
+    listener.close()
+    assert told == ["No space left on device"]
+    assert accepted == [pytest.approx(5.1, abs=0.2)]
+
+
 async def test_any_other_error_ends_accepting(poller: Poller) -> None:
     listener = ScriptedListener(OSError(errno.EINVAL, "not a listener"))
     limiter = trio.Semaphore(1)

@@ -87,10 +87,7 @@ class Opening:
     def begin(self) -> None:
         """Begin to read, and go on by itself from then on."""
         self._stream.tell(self)
-        if self._front.is_owed_introduction(self._address):
-            self._in_task(self._read_introduction)
-        else:
-            self._guard(self._read)
+        self._guard(self._start)
 
     def ready(self, events: int) -> None:
         """Go on (called by the poller)."""
@@ -134,6 +131,12 @@ class Opening:
                 self._in_task(self._say, last_words)
             else:
                 self.end()
+
+    def _start(self) -> None:
+        if self._front.is_owed_introduction(self._address):
+            self._in_task(self._read_introduction)
+        else:
+            self._read()
 
     def _resume(self) -> None:
         """Go on after a task: what has come meanwhile is no event any more."""
