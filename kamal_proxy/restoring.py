@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kamal_proxy.errors import CertificateError, ErrorPagesError
 from kamal_proxy.service import Pages, Service
@@ -15,27 +15,12 @@ if TYPE_CHECKING:
     from kamal_proxy.deployment import Deployment
     from kamal_proxy.logs import Log
     from kamal_proxy.state import SavedService
-    from kamal_proxy.target_options import HealthCheckOptions
-
-
-class NewDeployment(Protocol):
-    """Makes a deployment of a service."""
-
-    def __call__(
-        self,
-        name: str,
-        targets: tuple[str, ...],
-        readers: tuple[str, ...],
-        health_check: HealthCheckOptions,
-        *,
-        trusted: bool = False,
-    ) -> Deployment:
-        """Make one; ``trusted`` targets count as healthy at once."""
+    from kamal_proxy.switching import Switching
 
 
 def restored(
     saved: SavedService,
-    new_deployment: NewDeployment,
+    switching: Switching,
     load_pages: Callable[[str], Pages],
     log: Log,
 ) -> Service:
@@ -43,14 +28,14 @@ def restored(
 
     Args:
         saved: What was saved.
-        new_deployment: Makes its deployments.
+        switching: Makes its deployments.
         load_pages: Reads its error pages from a directory; without them it gets the built-in ones.
         log: Where is said what it has to do without.
     """
 
     def deployment(targets: tuple[str, ...], readers: tuple[str, ...]) -> Deployment:
         health_check = saved.target_options.health_check
-        return new_deployment(saved.name, targets, readers, health_check, trusted=True)
+        return switching.new_deployment(saved.name, targets, readers, health_check, trusted=True)
 
     has_rollout = bool(saved.rollout_targets or saved.rollout_readers)
     return Service(

@@ -426,8 +426,7 @@ class Services:
             self._log.info("No previous state to restore", path=self._state.path)
             return []
         services = [
-            restored(entry, self._switching.new_deployment, self._load_pages, self._log)
-            for entry in saved
+            restored(entry, self._switching, self._load_pages, self._log) for entry in saved
         ]
         self._log.info("Restored saved state", path=self._state.path)
         return services

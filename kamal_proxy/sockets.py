@@ -18,15 +18,13 @@ import contextlib
 import errno
 import select
 import socket
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import outcome
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-ResolvedAddress: TypeAlias = tuple[socket.AddressFamily, tuple[object, ...]]
 
 READ_SIZE = 64 * 1024
 
@@ -480,58 +478,6 @@ async def drop(stream: SocketStream) -> None:
         received = 0
         while received < _DROP_BYTES and (data := await stream.receive()):
             received += len(data)
-
-
-def resolve_nowait(
-    host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM
-) -> list[ResolvedAddress]:
-    """Return what an IP address stands for, or nothing if the host is a name.
-
-    Args:
-        host: Name or address.
-        port: Port.
-        kind: ``SOCK_DGRAM`` for UDP.
-
-    Raises:
-        UnicodeError: the name is malformed.
-    """
-    with contextlib.suppress(socket.gaierror):
-        return _look_up(host, port, kind, socket.AI_NUMERICHOST)
-    return []
-
-
-async def resolve(
-    host: str,
-    port: int,
-    limiter: trio.CapacityLimiter,
-    kind: socket.SocketKind = socket.SOCK_STREAM,
-) -> list[ResolvedAddress]:
-    """Return the addresses of a TCP or UDP service, in the resolver's order.
-
-    Args:
-        host: Name or address.
-        port: Port.
-        limiter: Of the threads that wait for the name service. One that was cancelled goes on
-            until the name service answers.
-        kind: ``SOCK_DGRAM`` for UDP.
-
-    Raises:
-        OSError: the name can't be resolved, or no thread can be had for it.
-        UnicodeError: the name is malformed.
-    """
-    if found := resolve_nowait(host, port, kind):
-        return found
-    try:
-        return await trio.to_thread.run_sync(
-            _look_up, host, port, kind, 0, abandon_on_cancel=True, limiter=limiter
-        )
-    except RuntimeError as error:  # the process may start no more threads
-        raise OSError(errno.EAGAIN, str(error)) from error
-
-
-def _look_up(host: str, port: int, kind: socket.SocketKind, flags: int) -> list[ResolvedAddress]:
-    found = socket.getaddrinfo(host, port, type=kind, flags=flags)
-    return [(family, address) for family, _, _, _, address in found]
 
 
 async def connect(

@@ -17,7 +17,7 @@ ROOT = Path(kamal_proxy.__file__).parent
 # ``control.messages`` and ``logs`` are far down because they are plain data and a plain sink.
 LAYERS = [
     {"errors", "_fastpath"},
-    {"durations", "logs", "matching", "metrics", "networks", "proxy_protocol", "rules"},
+    {"durations", "logs", "lookups", "matching", "metrics", "networks", "proxy_protocol", "rules"},
     {"run_options", "target_options", "udp.options", "json_format"},
     {"options"},
     {"balancer", "health", "control.messages", "state_format"},
@@ -26,8 +26,9 @@ LAYERS = [
     {"service"},
     {"router"},
     {"certificates", "saved_routes"},
-    {"http", "reports", "restoring"},
+    {"http", "reports"},
     {"holding", "switching"},
+    {"restoring"},
     {"services", "udp"},
     {"all_services"},
     # The admin API and the metrics are served by the project's own HTTP codec.

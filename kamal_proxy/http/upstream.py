@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups, sockets
 from kamal_proxy.http.codec import ClientCodec
 from kamal_proxy.sockets import READ_SIZE
 
@@ -93,7 +93,7 @@ class Dialer:
             await self._lookup.wait()
         lookup = self._lookup = trio.Event()
         try:
-            self._addresses = await sockets.resolve(self._host, self._port, self._poller.lookups)
+            self._addresses = await lookups.resolve(self._host, self._port, self._poller.lookups)
         except (OSError, UnicodeError) as error:  # a label can be too long for a name service
             reason = error.strerror if isinstance(error, OSError) else "malformed name"
             # The name service may be down for a moment: the last known addresses still serve.

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias, cast
 
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.errors import KamalProxyError
+from kamal_proxy.lookups import resolve_nowait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kamal_proxy.logs import Log
-    from kamal_proxy.sockets import ResolvedAddress
+    from kamal_proxy.lookups import ResolvedAddress
 
 #: Host and port of IPv4; host, port, flow label and scope of IPv6. Hosts are numeric.
 SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
@@ -59,7 +60,7 @@ class TargetName:
         self._poked = trio.Event()
         self.addresses: tuple[SocketAddress, ...] = ()
         with contextlib.suppress(UnicodeError):  # which resolve() reports
-            self.addresses = _numeric(sockets.resolve_nowait(host, port, socket.SOCK_DGRAM))
+            self.addresses = _numeric(resolve_nowait(host, port, socket.SOCK_DGRAM))
         self._is_name = not self.addresses
 
     def __repr__(self) -> str:
@@ -82,7 +83,7 @@ class TargetName:
             return False
         try:
             found = _numeric(
-                await sockets.resolve(self._host, self._port, self._lookups, socket.SOCK_DGRAM)
+                await lookups.resolve(self._host, self._port, self._lookups, socket.SOCK_DGRAM)
             )
         except (OSError, UnicodeError) as error:
             raise LookupFailedError(why_not_resolved(self._host, error)) from error
@@ -146,7 +147,7 @@ class TargetName:
 
 
 def why_not_resolved(host: str, error: OSError | UnicodeError) -> str:
-    """Return the sentence about a name for which :func:`kamal_proxy.sockets.resolve` raised."""
+    """Return the sentence about a name for which :func:`kamal_proxy.lookups.resolve` raised."""
     # A label can be too long for a name service.
     reason = error.strerror if isinstance(error, OSError) else "malformed name"
     return f"can't resolve {host}: {reason}"

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import attrs
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.durations import format_duration
 from kamal_proxy.health import ProbeResult
 from kamal_proxy.probing import Probed
@@ -64,7 +64,7 @@ class TcpProbe:
     async def _connect_any(self, host: str, port: int, deadline: float, late: str) -> str:
         """Connect to one of the addresses; return why none can be, or nothing."""
         try:
-            addresses = await sockets.resolve(host, port, self._lookups)
+            addresses = await lookups.resolve(host, port, self._lookups)
         except (OSError, UnicodeError) as error:
             return why_not_resolved(host, error)
         reason = "no address"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.deployment import Deployment
 from kamal_proxy.http.bodies import Spill
 from kamal_proxy.http.h2_pool import new_pool
@@ -194,7 +194,7 @@ async def open_world(
     ) -> list[tuple[socket.AddressFamily, Any]]:
         return [(socket.AF_UNIX, path)]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     lines, accepted = Lines(), list[trio.SocketStream]()
 
     async def serve_target(stream: trio.SocketStream) -> None:

@@ -9,7 +9,7 @@ import attrs
 import pytest
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.http.upstream import (
     FRESH_AGE,
     MAX_IDLE,
@@ -75,7 +75,7 @@ async def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         async with running_poller() as poller:
             made = Place(UpstreamPool(poller, "web", 3000, 4096), poller, path)
             made.answer = [path]
-            monkeypatch.setattr(sockets, "resolve", made.resolve)
+            monkeypatch.setattr(lookups, "resolve", made.resolve)
             yield made
             made.pool.close()
 

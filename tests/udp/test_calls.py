@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from kamal_proxy import PauseOptions, sockets
+from kamal_proxy import PauseOptions, lookups
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import names
@@ -399,7 +399,7 @@ async def test_a_name_that_stands_for_another_address(
         assert host == "media-1"
         return [(2, (current.host, number))]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     monkeypatch.setattr(names.TargetName.keep_fresh, "__defaults__", (SHORT,))
     await calls.deploy(f"media-1:{port}")
     ufrag = v1.invite()

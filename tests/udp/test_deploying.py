@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from kamal_proxy import DeploymentOptions, DeployOptions, PauseOptions, StopOptions, sockets
+from kamal_proxy import DeploymentOptions, DeployOptions, PauseOptions, StopOptions, lookups
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.errors import (
     DeployFailedError,
@@ -305,7 +305,7 @@ async def test_a_name_that_can_not_be_resolved(monkeypatch: pytest.MonkeyPatch) 
     async def resolve(*_: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     async with open_services() as room:
         with pytest.raises(DeployFailedError) as caught:
             await room.deploy("game", "game-1:9999", deploy_timeout=0.1)
@@ -331,7 +331,7 @@ async def test_force_waits_for_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(socket.AF_INET, (LOCALHOST, port))]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     async with open_services() as room:
         v1, client = room.target("v1"), room.client()
         await room.deploy("game", f"game-1:{v1.port}", force=True)

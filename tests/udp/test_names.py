@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.udp.names import LOOKUP_INTERVAL, LookupFailedError, SocketAddress, TargetName
 from tests.deploying import Lines, run_with_every_cancellation
 from tests.pairs import Steps
@@ -49,7 +49,7 @@ def name_served_by(
     monkeypatch: pytest.MonkeyPatch, *answers: list[str] | Exception
 ) -> tuple[TargetName, NameService]:
     service = NameService(list(answers))
-    monkeypatch.setattr(sockets, "resolve", service.resolve)
+    monkeypatch.setattr(lookups, "resolve", service.resolve)
     return TargetName("game-1", 9999, trio.CapacityLimiter(1)), service
 
 
@@ -110,7 +110,7 @@ async def test_an_address_is_never_looked_up(
     async def resolve(*_: object) -> None:
         pytest.fail("looked up")
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     name = TargetName(host, 9999, trio.CapacityLimiter(1))
     assert name.addresses == (address,)
     with trio.testing.assert_checkpoints():

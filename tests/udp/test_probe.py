@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.health import ProbeResult
 from kamal_proxy.http.probe import HttpProbe
 from kamal_proxy.listeners import listen_tcp
@@ -80,7 +80,7 @@ def resolve_to(
             raise error
         return [(socket.AF_INET, (each, port)) for each in hosts]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
 
 
 # TCP
@@ -162,7 +162,7 @@ async def test_a_name_resolved_too_late(
         mock_clock.jump(10)  # something else held everything up
         return [(socket.AF_INET, ("127.0.0.2", port))]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     assert (await probe("game-1", 9999)).reason == "no answer within 5s"
 
 

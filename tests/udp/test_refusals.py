@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import deployment
@@ -362,7 +362,7 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return [(socket.AF_INET, (address, port)) for address in found]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     return found
 
 

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 
-from kamal_proxy import sockets
+from kamal_proxy import lookups
 from kamal_proxy.errors import PortConflictError, StateError
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import saved_sessions, services, session_saving
@@ -414,7 +414,7 @@ async def test_a_name_that_can_not_be_resolved_yet(
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return [(socket.AF_INET, (LOCALHOST, port))]
 
-    monkeypatch.setattr(sockets, "resolve", resolve)
+    monkeypatch.setattr(lookups, "resolve", resolve)
     async with open_services(tmp_path, world) as room:
         await room.deploy("game", f"game-1:{port}")
         assert await client.ask() == "v1"
