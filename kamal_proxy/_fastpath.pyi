@@ -42,6 +42,58 @@ class ChunkScanner:
             ValueError: the framing is malformed, or over a limit; the text says how.
         """
 
+class Actor:
+    """What is told of events without a detour through Python; a base class of the extension."""
+
+    def ready(self, events: int) -> None:
+        """Do what these epoll events allow."""
+
+class Readiness:
+    """One epoll, and who is told of its events: a pollable for each descriptor.
+
+    An ``Actor`` does its work when it is told; any other pollable has a method ``ready`` that takes
+    the events, and wakes tasks.
+    """
+
+    #: By descriptor; closing one must be preceded by its removal.
+    pollables: dict[int, Any]
+
+    def close(self) -> None:
+        """Close the epoll; again does nothing."""
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when there is something to tell."""
+
+    @property
+    def has_line(self) -> bool:
+        """Whether :meth:`tell` has something to do without any event."""
+
+    def watch(self, fd: int, edges: int, former: int) -> None:
+        """Tell of these edges of a descriptor; at once, of what has come to pass already.
+
+        Args:
+            fd: The descriptor.
+            edges: What is told from now on.
+            former: What was told until now, 0 for nothing.
+
+        Raises:
+            OSError: the kernel has no room for it.
+        """
+
+    def ignore(self, fd: int) -> None:
+        """Tell nothing of a descriptor any more.
+
+        Raises:
+            OSError: it was not watched.
+        """
+
+    def tell(self) -> bool:
+        """Tell of one batch of events, without waiting for any.
+
+        Returns:
+            Whether that was worth repeating at once: there were events, and only Actors'.
+        """
+
 class FrameTracker:
     """Follows the frames of one direction of a WebSocket connection (RFC 6455 5.2).
 

@@ -2,11 +2,11 @@
 
 Every operation tries the system call first and waits only on EAGAIN. Readiness does not go through
 ``trio.lowlevel.wait_readable``: at its first wait each socket is registered, edge-triggered, in an
-epoll of the poller's own, and stays there. One task waits for that epoll's descriptor and
-reschedules the tasks whose sockets became ready. That saves two ``epoll_ctl`` calls per wait, and
-lets one task wait for its upstream while it watches its client for a hang-up. Deadlines are the
-caller's cancel scope. What is too short for a task of its own, such as accepting a connection, is
-done by the poller's.
+epoll of the poller's own, and stays there (``_fastpath.Readiness``). One task waits for that
+epoll's descriptor and reschedules the tasks whose sockets became ready. That saves two
+``epoll_ctl`` calls per wait, and lets one task wait for its upstream while it watches its client
+for a hang-up. Deadlines are the caller's cancel scope. What is too short for a task of its own,
+such as accepting a connection, is done by the poller's.
 
 A wait must follow an EAGAIN with no checkpoint in between: an edge that arrives after the EAGAIN
 wakes the waiter, and an edge before it is seen by the next attempt.
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Protocol
 import outcome
 import trio
 
+from kamal_proxy._fastpath import Readiness
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -30,7 +32,7 @@ READ_SIZE = 64 * 1024
 
 # A stream whose calls never block must still let other tasks run, and notice its cancellation.
 _CALLS_PER_TURN = 32
-_EVENTS_PER_POLL = 64  # each may be a step of a TLS handshake
+_BATCHES_PER_TURN = 8
 
 # Most streams never find their socket full: the edge with which a new one tells that it can be
 # written to would wake the poller for nothing.
@@ -55,80 +57,59 @@ class Pollable(Protocol):
         """Take these epoll events, in the poller's task: it must neither raise nor take long."""
 
 
-class Poller:
+class Poller(Readiness):
     """Readiness for all streams of one proxy. :meth:`run` must run while any stream is in use."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
         #: Bounds the threads that wait for a name service.
         self.lookups = trio.CapacityLimiter(_MAX_LOOKUPS)
-        self._streams: dict[int, Pollable] = {}
-        self._listeners: dict[int, Pollable] = {}
+        self._listeners = 0
 
     def __len__(self) -> int:
         """Return how many streams are open."""
-        return len(self._streams)
-
-    def fileno(self) -> int:
-        """Return the descriptor that is readable when some stream is ready."""
-        return self._epoll.fileno()
+        return len(self.pollables) - self._listeners
 
     def open_stream(self, sock: socket.socket) -> SocketStream:
         """Take over a connected, or connecting, socket."""
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stream = self._streams[sock.fileno()] = SocketStream(sock, self)
+        stream = self.pollables[sock.fileno()] = SocketStream(sock, self)
         return stream
-
-    def watch(self, fd: int, edges: int, former: int) -> None:
-        """Tell of these edges of a stream's socket; at once, of what has come to pass already.
-
-        Args:
-            fd: The socket.
-            edges: What is told from now on.
-            former: What was told until now, 0 for nothing.
-
-        Raises:
-            OSError: the kernel has no room for it.
-        """
-        if former:
-            self._epoll.modify(fd, edges)
-        else:
-            self._epoll.register(fd, edges)
 
     def hand_over(self, fd: int, to: Pollable) -> None:
         """Let somebody else have the events of a stream's socket from now on."""
-        self._streams[fd] = to
+        self.pollables[fd] = to
 
     def watch_listener(self, fd: int, pollable: Pollable) -> None:
         """Tell again and again that there are connections to accept, until they are."""
-        self._epoll.register(fd, select.EPOLLIN)
-        self._listeners[fd] = pollable
+        self.watch(fd, select.EPOLLIN, 0)
+        self.pollables[fd] = pollable
+        self._listeners += 1
 
     def forget_listener(self, fd: int) -> None:
         """Tell nothing of a listener any more."""
-        self._epoll.unregister(fd)
-        del self._listeners[fd]
+        self.ignore(fd)
+        del self.pollables[fd]
+        self._listeners -= 1
 
     def forget(self, fd: int) -> None:
         """Drop a stream that is about to be closed; closing it takes it out of the epoll."""
-        del self._streams[fd]
+        del self.pollables[fd]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Wake the tasks whose sockets became ready, until cancelled."""
         task_status.started()
         while True:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
-            for fd, events in self._epoll.poll(0, _EVENTS_PER_POLL):
-                # A stream closed earlier in this batch may have left an event behind.
-                pollable = self._streams.get(fd) or self._listeners.get(fd)
-                if pollable is not None:
-                    pollable.ready(events)
-
-    def close(self) -> None:
-        """Close the epoll, after :meth:`run` has ended and every stream is closed."""
-        self._epoll.close()
+            if self.has_line:
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_readable(self.fileno())
+            # A turn of the scheduler costs more than a batch: as long as no task is to run, there
+            # is another one.
+            for _ in range(_BATCHES_PER_TURN):
+                if not self.tell():
+                    break
 
 
 class Reader:
