@@ -94,6 +94,55 @@ class Readiness:
             Whether that was worth repeating at once: there were events, and only Actors'.
         """
 
+def rewrite_request(
+    data: bytes,
+    *,
+    client: bytes,
+    scheme: bytes,
+    target: bytes,
+    request_id: bytes,
+    start: int,
+    believed: bool = False,
+    stripped: int = 0,
+) -> tuple[bytes, int, int, bool] | None:
+    """Write the head of an ordinary request as its target gets it.
+
+    Args:
+        data: What has come of the request.
+        client: Address of the client.
+        scheme: ``http`` or ``https``.
+        target: ``host:port`` of the target.
+        request_id: The request's id, unless it has one.
+        start: When it began, in milliseconds since 1970, unless it says so.
+        believed: Whether its X-Forwarded-* fields are believed.
+        stripped: Bytes of its path that the target does not see.
+
+    Returns:
+        The head that the target gets, the bytes of the original head, the bytes of the body (-1 for
+        a chunked one), and whether the client wants the connection to end. None if the head is not
+        whole, or not ordinary.
+
+    Raises:
+        ValueError: the path is shorter than what is to be stripped.
+    """
+
+def rewrite_response(
+    data: bytes, method: bytes, *, added: bytes = b"", closes: bool = False
+) -> tuple[bytes, int, int, int, bool] | None:
+    """Write the head of an ordinary final response as the client gets it.
+
+    Args:
+        data: What has come of the response.
+        method: Method of the request.
+        added: Further lines.
+        closes: Whether the connection to the client ends with it.
+
+    Returns:
+        The head that the client gets, the bytes of the original head, the status, the bytes of the
+        body (-1 for a chunked one), and whether the target ends its connection. None if the head is
+        not whole, or not ordinary: also if the body would end with the connection.
+    """
+
 class FrameTracker:
     """Follows the frames of one direction of a WebSocket connection (RFC 6455 5.2).
 
