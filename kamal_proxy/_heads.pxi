@@ -161,6 +161,9 @@ cdef Meaning _response_meaning(const Span *name) noexcept nogil:
     cdef Py_ssize_t size = name.size
     if size == 2:
         return ODD if _is_word(name, b"te", 2) else PASSED
+    if size == 4:
+        # It means nothing there, but h11 writes it before the others.
+        return ODD if _is_word(name, b"host", 4) else PASSED
     if size == 7:
         return ODD if _is_word(name, b"upgrade", 7) else PASSED
     if size == 10:
