@@ -10,7 +10,9 @@
 cdef enum:
     MAX_FIELDS = 100
     MAX_METHOD = 7
+    MAX_HOST = 260  # a name of 253 bytes, the dot of the root and a port (RFC 1035 2.3.4)
     LENGTH_DIGITS = 15  # no sum with such a length overflows
+    GROWTH = 1024  # bytes that a head is longer at most when it is written, without what is given
     NO_LENGTH = -3
     CHUNKED_BODY = -1
 
@@ -323,10 +325,13 @@ cdef bint _scan_request(Head *head, const uint8_t *data, Py_ssize_t size) noexce
 
 
 cdef bint _read_host(Head *head) noexcept nogil:
-    """Read a name with or without a port; addresses of IPv6 are not ordinary."""
+    """Read a name with or without a port; addresses of IPv6 are not ordinary.
+
+    It is written twice; that no head grows by much depends on its limit.
+    """
     cdef const Field *field = head.known[<int>HOST]
     cdef Py_ssize_t i = 0
-    if field == NULL:
+    if field == NULL or field.value.size > MAX_HOST:
         return False
     while i < field.value.size and _classes[field.value.at[i]] & IN_HOST:
         i += 1
@@ -581,7 +586,7 @@ def rewrite_request(
     route.start = start
     route.stripped = stripped
     route.is_believed = believed
-    room = bytes(len(data) + len(client) + len(scheme) + len(target) + len(request_id) + 512)
+    room = bytes(len(data) + len(client) + len(scheme) + len(target) + len(request_id) + GROWTH)
     out.at = <uint8_t *><char *>room
     out.end = out.at + len(room)
     out.is_full = False
@@ -606,7 +611,7 @@ def rewrite_response(bytes data, bytes method, *, bytes added=b"", bint closes=F
     ):
         return None
     _span_of(&lines, added)
-    room = bytes(len(data) + len(added) + 128)
+    room = bytes(len(data) + len(added) + GROWTH)
     out.at = <uint8_t *><char *>room
     out.end = out.at + len(room)
     out.is_full = False
