@@ -95,7 +95,7 @@ class Readiness:
         """
 
 def rewrite_request(
-    data: bytes,
+    data: bytes | bytearray | memoryview,
     *,
     client: bytes,
     scheme: bytes,
@@ -127,7 +127,11 @@ def rewrite_request(
     """
 
 def rewrite_response(
-    data: bytes, method: bytes, *, added: bytes = b"", closes: bool = False
+    data: bytes | bytearray | memoryview,
+    method: bytes,
+    *,
+    added: bytes = b"",
+    closes: bool = False,
 ) -> tuple[bytes, int, int, int, bool] | None:
     """Write the head of an ordinary final response as the client gets it.
 

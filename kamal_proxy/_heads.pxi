@@ -7,6 +7,8 @@
 # said about it. What is ordinary has to come out as they would write it, byte for byte;
 # tests/http/test_heads.py compares.
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+
 cdef enum:
     MAX_FIELDS = 100
     MAX_METHOD = 7
@@ -553,74 +555,88 @@ cdef void _put_response_fields(Output *out, const Head *head) noexcept nogil:
 
 
 cdef inline void _span_of(Span *span, bytes data) noexcept:
-    span.at = <const uint8_t *><const char *>data
-    span.size = len(data)
+    span.at = <const uint8_t *>PyBytes_AS_STRING(data)
+    span.size = PyBytes_GET_SIZE(data)
 
 
 def rewrite_request(
-    bytes data,
+    data,
     *,
-    bytes client,
-    bytes scheme,
-    bytes target,
-    bytes request_id,
+    bytes client not None,
+    bytes scheme not None,
+    bytes target not None,
+    bytes request_id not None,
     int64_t start,
     bint believed=False,
     Py_ssize_t stripped=0,
 ):
+    cdef Py_buffer view
     cdef Head head
     cdef Route route
     cdef Output out
     cdef bytes room
-    if not _scan_request(&head, <const uint8_t *><const char *>data, len(data)):
-        return None
-    if not 0 <= stripped <= head.path.size:
-        raise ValueError("more than the path can't be stripped")
-    if head.known[<int>REQUEST_ID] != NULL:
-        route.request_id = head.known[<int>REQUEST_ID].value
-    else:
-        _span_of(&route.request_id, request_id)
-    _span_of(&route.client, client)
-    _span_of(&route.scheme, scheme)
-    _span_of(&route.target, target)
-    route.start = start
-    route.stripped = stripped
-    route.is_believed = believed
-    room = bytes(len(data) + len(client) + len(scheme) + len(target) + len(request_id) + GROWTH)
-    out.at = <uint8_t *><char *>room
-    out.end = out.at + len(room)
-    out.is_full = False
-    _write_request(&out, &head, &route)
-    assert not out.is_full
-    return (
-        room[: out.at - <uint8_t *><char *>room],
-        head.size,
-        0 if head.length == NO_LENGTH else head.length,
-        head.closes,
-    )
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if not _scan_request(&head, <const uint8_t *>view.buf, view.len):
+            return None
+        if not 0 <= stripped <= head.path.size:
+            raise ValueError("more than the path can't be stripped")
+        if head.known[<int>REQUEST_ID] != NULL:
+            route.request_id = head.known[<int>REQUEST_ID].value
+        else:
+            _span_of(&route.request_id, request_id)
+        _span_of(&route.client, client)
+        _span_of(&route.scheme, scheme)
+        _span_of(&route.target, target)
+        route.start = start
+        route.stripped = stripped
+        route.is_believed = believed
+        room = bytes(
+            view.len + len(client) + len(scheme) + len(target) + len(request_id) + GROWTH
+        )
+        out.at = <uint8_t *><char *>room
+        out.end = out.at + len(room)
+        out.is_full = False
+        _write_request(&out, &head, &route)
+        assert not out.is_full
+        return (
+            room[: out.at - <uint8_t *><char *>room],
+            head.size,
+            0 if head.length == NO_LENGTH else head.length,
+            head.closes,
+        )
+    finally:
+        PyBuffer_Release(&view)
 
 
-def rewrite_response(bytes data, bytes method, *, bytes added=b"", bint closes=False):
+def rewrite_response(
+    data, bytes method not None, *, bytes added not None=b"", bint closes=False
+):
+    cdef Py_buffer view
     cdef Head head
     cdef Span lines
     cdef Output out
     cdef bytes room
-    if not _scan_response(
-        &head, <const uint8_t *><const char *>data, len(data),
-        _method(<const uint8_t *><const char *>method, len(method)),
-    ):
-        return None
-    _span_of(&lines, added)
-    room = bytes(len(data) + len(added) + GROWTH)
-    out.at = <uint8_t *><char *>room
-    out.end = out.at + len(room)
-    out.is_full = False
-    _write_response(&out, &head, &lines, closes)
-    assert not out.is_full
-    return (
-        room[: out.at - <uint8_t *><char *>room],
-        head.size,
-        head.status,
-        head.length,
-        head.closes,
-    )
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if not _scan_response(
+            &head, <const uint8_t *>view.buf, view.len,
+            _method(<const uint8_t *>PyBytes_AS_STRING(method), len(method)),
+        ):
+            return None
+        _span_of(&lines, added)
+        room = bytes(view.len + len(added) + GROWTH)
+        out.at = <uint8_t *><char *>room
+        out.end = out.at + len(room)
+        out.is_full = False
+        _write_response(&out, &head, &lines, closes)
+        assert not out.is_full
+        return (
+            room[: out.at - <uint8_t *><char *>room],
+            head.size,
+            head.status,
+            head.length,
+            head.closes,
+        )
+    finally:
+        PyBuffer_Release(&view)
