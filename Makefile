@@ -19,11 +19,12 @@ SOAK_SWITCHES ?= 150
 PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 export FUZZ_EXAMPLES ?= 20000
 export LEAK_ROUNDS ?= 1000000
+HEADS ?= 5000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-udp run test lint format bench bench-udp sanitize fuzz soak
-.PHONY: clean
+.PHONY: help build demo demo-udp run test lint format bench bench-udp sanitize fuzz
+.PHONY: fuzz-heads soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -75,6 +76,9 @@ sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (L
 
 fuzz: $(BUILT) ## try many more inputs, about an hour (FUZZ_EXAMPLES=20000)
 	@$(PYTEST) -m fuzz --hypothesis-profile=fuzz -o faulthandler_timeout=3600 $(TEST_FLAGS)
+
+fuzz-heads: $(BUILT) ## give the scanner of heads millions, and h11 what it takes (HEADS=5000000)
+	@$(BIN)/python -m tests.http.fuzz_heads --heads $(HEADS) --processes $(TEST_PROCESSES)
 
 soak: $(BUILT) ## the demo for long, twice, with HTTPS too: the proxy must not grow (SOAK_SWITCHES=150)
 	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS)

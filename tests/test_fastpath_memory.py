@@ -18,13 +18,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kamal_proxy import _fastpath
-from kamal_proxy._fastpath import ChunkScanner, FrameTracker, fnv1a_32, scan_head
+from kamal_proxy._fastpath import (
+    ChunkScanner,
+    FrameTracker,
+    fnv1a_32,
+    rewrite_request,
+    rewrite_response,
+    scan_head,
+)
+from tests.http.head_samples import (
+    ODD_REQUESTS,
+    ODD_RESPONSES,
+    ORDINARY_REQUESTS,
+    ORDINARY_RESPONSES,
+)
 
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 ROUNDS = int(os.environ.get("LEAK_ROUNDS", "50000"))
 LIMIT = 6
 
+HEADS = [
+    *ORDINARY_REQUESTS.values(),
+    *ODD_REQUESTS.values(),
+    *(data for _, data in (*ORDINARY_RESPONSES.values(), *ODD_RESPONSES.values())),
+]
+LONG = 1500  # bytes
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 BODY = b"3;x=y\r\nabc\r\n0\r\nA: b\r\n\r\n"
 FRAMES = (
     b"\x81\x03abc"  # unmasked
@@ -53,6 +73,14 @@ def head_verdict(data: bytes | memoryview, start: int) -> int | str:
         return scan_head(data, start)
     except ValueError as error:
         return str(error)
+
+
+def rewritten(data: bytes | memoryview) -> tuple[object, object]:
+    """Return what becomes of a head, be it of a request or of a response."""
+    request = rewrite_request(
+        data, client=b"c", scheme=b"http", target=b"t", request_id=b"i", start=1, believed=True
+    )
+    return request, rewrite_response(data, b"GET", added=b"A: b\r\n", closes=True)
 
 
 def chunk_verdict(pieces: list[memoryview] | list[bytes]) -> tuple[int, bool] | str:
@@ -95,12 +123,23 @@ def test_every_prefix_of_a_message_ends_where_its_buffer_ends(end: bytes) -> Non
         assert fnv1a_32(exact(data)) == fnv1a_32(data)
 
 
+def test_every_prefix_of_a_head_ends_where_its_buffer_ends() -> None:
+    for data in HEADS:
+        for size in (*range(min(len(data), LONG)), *range(max(0, len(data) - LONG), len(data))):
+            assert rewritten(exact(data[:size])) == rewritten(data[:size])
+        assert rewritten(exact(data)) == rewritten(data)
+        for end in ENDS:
+            for size in range(min(len(data), 120)):
+                assert rewritten(exact(data[:size] + end)) == rewritten(data[:size] + end)
+
+
 @pytest.mark.fuzz
 @settings(deadline=None)
 @given(NOISE, st.integers(0, 40), st.integers(0, 40))
 def test_any_bytes_end_where_their_buffer_ends(data: bytes, start: int, cut: int) -> None:
     start = min(start, len(data))
     assert head_verdict(exact(data), start) == head_verdict(data, start)
+    assert rewritten(exact(data)) == rewritten(data)
     pieces = [data[:cut], data[cut:]]
     assert chunk_verdict([exact(piece) for piece in pieces]) == chunk_verdict(pieces)
     assert frame_verdict([exact(piece) for piece in pieces]) == frame_verdict(pieces)
@@ -113,6 +152,8 @@ def exercise(rounds: int) -> None:
     for number in range(rounds):
         scan_head(data)
         head_verdict(b"a\n", 0)
+        rewritten(HEAD)
+        rewritten(RESPONSE)
         scanner = ChunkScanner(LIMIT)
         scanner.scan(BODY)
         chunk_verdict([b"3\r\nabcd"])
@@ -121,6 +162,18 @@ def exercise(rounds: int) -> None:
         if number % 16 == 0:
             with pytest.raises(IndexError):
                 scan_head(data, -1)
+            with pytest.raises(TypeError):
+                rewritten("")  # type: ignore[arg-type]  # the wrong type is the test
+            with pytest.raises(ValueError, match="more than the path"):
+                rewrite_request(
+                    HEAD,
+                    client=b"c",
+                    scheme=b"s",
+                    target=b"t",
+                    request_id=b"i",
+                    start=1,
+                    stripped=2,
+                )
             with pytest.raises(TypeError):
                 scanner.scan("")  # type: ignore[arg-type]  # the wrong type is the test
             with pytest.raises(TypeError):
