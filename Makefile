@@ -23,7 +23,7 @@ HEADS ?= 5000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-udp run test lint format bench bench-udp sanitize fuzz
+.PHONY: help build demo demo-udp run test test-h11 lint format bench bench-udp sanitize fuzz
 .PHONY: fuzz-heads soak clean
 
 help: ## list the targets
@@ -55,6 +55,11 @@ run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080 HTTPS_PORT=8
 
 test: $(BUILT) ## run the tests (TEST_FLAGS="-k name" TEST_PROCESSES=2)
 	@$(PYTEST) $(TEST_FLAGS)
+
+test-h11: $(BUILT) ## run the tests of HTTP once more, without the lane: all by tasks and h11
+	@KAMAL_PROXY_LANE=false $(PYTEST) tests/http tests/tls tests/test_embedding.py \
+	  tests/test_holding.py tests/test_lifecycle.py tests/test_rollout.py tests/e2e/test_[a-t]*.py \
+	  $(TEST_FLAGS)
 
 lint: $(BUILT) ## check style, formatting and types
 	@$(BIN)/ruff check

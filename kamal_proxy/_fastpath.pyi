@@ -1,7 +1,13 @@
 """Types of the compiled hot paths; see _fastpath.pyx for the design."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
+
+from kamal_proxy.deployment import Deployment, Drain
+from kamal_proxy.http.reasons import Reason
+from kamal_proxy.http.server import HttpServer
+from kamal_proxy.service import Service
+from kamal_proxy.sockets import SocketStream
 
 def scan_head(data: bytes | bytearray | memoryview, start: int = 0) -> int:
     """Find the end of an HTTP/1.1 message head and refuse what is ambiguous (RFC 9112 2.2, 5.2).
@@ -93,6 +99,165 @@ class Readiness:
         Returns:
             Whether that was worth repeating at once: there were events, and only Actors'.
         """
+
+class Plan:
+    """What the lane knows of a service that a host and a path prefix lead to.
+
+    Args:
+        service: The service.
+        prefix: The prefix.
+        is_open: Whether nothing but forwarding becomes of its requests.
+        strips: Whether its targets see the path without the prefix.
+        forwards: Whether incoming X-Forwarded-* headers are believed.
+        timeout: Seconds that a target has for the head of its response.
+        max_request: Largest body of a request in bytes; what is larger is for a task.
+        buffers_responses: Whether a response of known length is read whole first.
+        max_response: Largest body of such a response in bytes, likewise.
+        added: Lines that the head of each response gets.
+        quoted: Name of the service as the log has it, in quotation marks.
+        request_names: Fields of requests that the log wants: lower-case name, and what comes before
+            the value in the line.
+        response_names: Fields of responses, likewise.
+
+    Attributes:
+        service: As given.
+        deployment: The one that is active.
+        name: Name of the service.
+        stripped: What is removed from the beginning of the path.
+    """
+
+    service: Service
+    deployment: Deployment
+    name: str
+    stripped: bytes
+
+    def __init__(
+        self,
+        service: Service,
+        prefix: bytes,
+        *,
+        is_open: bool,
+        strips: bool = False,
+        forwards: bool = False,
+        timeout: float = 0.0,
+        max_request: float = ...,
+        buffers_responses: bool = False,
+        max_response: float = ...,
+        added: bytes = b"",
+        quoted: bytes = b"",
+        request_names: Sequence[tuple[bytes, bytes]] = (),
+        response_names: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None: ...
+
+class Link(Actor):
+    """A connection to a target, as the poller knows it from its first request in the lane on."""
+
+class Visit(Actor):
+    """A client's connection, in the lane or away: ``OpenConnection`` and ``InFlight`` in the lane.
+
+    Args:
+        lane: Its lane.
+        stream: Its stream.
+        address: The client's host and port.
+        believed: Whether what it says about the hops before it is believed.
+
+    Attributes:
+        stream: As given.
+        address: The client's.
+        was_served: Whether a request was served on it.
+    """
+
+    stream: SocketStream
+    address: tuple[str, int]
+    was_served: bool
+
+    def __init__(
+        self, lane: Lane, stream: SocketStream, address: tuple[str, int], believed: bool
+    ) -> None: ...
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being served, and none lies in the socket."""
+
+    def begin(self, patience: float) -> None:
+        """Begin to read; the first request has to come within so many seconds."""
+
+    def come_back(self, address: tuple[str, int]) -> None:
+        """Be in the lane again; nothing of the connection lies unread.
+
+        Args:
+            address: The client's, which may have become known.
+        """
+
+    def begin_drain(self, drain: Drain) -> None:
+        """Do nothing: whatever is in the lane ends by itself."""
+
+    def abort_drained(self) -> None:
+        """End the request: the drain deadline has passed."""
+
+    def cancel(self, reason: Reason) -> None:
+        """End the connection, and what is served on it."""
+
+class Lane:
+    """The connections of one server that are in the lane, and what they have in common.
+
+    A subclass says what happens where the lane ends: ``plans``, ``leave``, ``give_away``,
+    ``close``, ``look_at``, ``quoted`` and what is told.
+
+    Args:
+        readiness: Tells of its sockets.
+        server: Its server: ``routes``, ``log``, ``metrics`` and ``closing`` are used.
+        clock: Returns the time on Trio's clock.
+        scheme: ``http`` or ``https``.
+        port: Port for the log.
+        validates: Whether certificate authorities may look at paths of theirs.
+        trusts_few: Whether only some clients are believed.
+        max_head_size: Largest head in bytes.
+        max_fields: How many fields a request may have.
+        idle_timeout: Seconds that a connection may do nothing.
+        stall_timeout: Seconds that a client may take nothing of its response.
+        idle_age: Seconds until a kept connection to a target is too old.
+        fresh_age: Likewise, for a request that must not be sent twice.
+        gone_grace: Seconds that a client has which seems to have left.
+        drained: The reason of a request that a drain ends.
+        client_gone: That of one whose client has left.
+        client_stalled: That of one whose client takes nothing.
+        target_failed: That of one whose target failed in the middle.
+        client_closed: The status of the two before that in the log.
+        broken: What streams raise when their connection is broken.
+        second_text: Writes a second since 1970 as the log does.
+    """
+
+    def __init__(
+        self,
+        readiness: Readiness,
+        *,
+        server: HttpServer,
+        clock: Callable[[], float],
+        scheme: str,
+        port: int,
+        validates: bool,
+        trusts_few: bool,
+        max_head_size: int,
+        max_fields: int,
+        idle_timeout: float,
+        stall_timeout: float,
+        idle_age: float,
+        fresh_age: float,
+        gone_grace: float,
+        drained: Reason,
+        client_gone: Reason,
+        client_stalled: Reason,
+        target_failed: Reason,
+        client_closed: int,
+        broken: type[Exception],
+        second_text: Callable[[int], str],
+    ) -> None: ...
+    @property
+    def next_deadline(self) -> float:
+        """When :meth:`sweep` may have something to do, on Trio's clock."""
+
+    def sweep(self, visits: tuple[Visit, ...]) -> None:
+        """End what takes too long of all that is in the lane."""
 
 def rewrite_request(
     data: bytes | bytearray | memoryview,

@@ -28,6 +28,8 @@ cdef class Readiness:
     cdef int _epoll
     cdef readonly dict pollables
     cdef list _line
+    cdef uint64_t batch  # its number
+    cdef bint is_telling
     cdef epoll_event[EVENTS_PER_BATCH] _events
 
     def __cinit__(self, *args, **kwargs):
@@ -75,6 +77,8 @@ cdef class Readiness:
         cdef int count, i
         cdef bint is_own
         is_own = len(line) > 0
+        self.batch += 1
+        self.is_telling = True
         if is_own:
             self._line = []
             for actor in line:
@@ -91,6 +95,7 @@ cdef class Readiness:
                 elif pollable is not None:
                     is_own = False
                     pollable.ready(self._events[i].events)
+        self.is_telling = False
         return is_own
 
 

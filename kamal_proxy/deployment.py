@@ -257,6 +257,15 @@ class Deployment:
         assert not self.retired, "a retired deployment is in no routing table"
         self._in_flight.add(request)
 
+    def replace(self, request: InFlight, by: InFlight) -> None:
+        """Let somebody else stand for a request that is in flight, also in drains."""
+        self._in_flight.add(by)
+        for drain in self._drains:
+            if request in drain._left:
+                drain._left.add(by)
+                by.begin_drain(drain)
+        self.end(request)
+
     def end(self, request: InFlight) -> None:
         """Forget a request that has ended."""
         self._in_flight.discard(request)

@@ -32,10 +32,14 @@ class Log:
     Args:
         write: Takes one line; must not block for long and must not raise.
         debug: Whether debug lines are wanted.
+
+    Attributes:
+        write: As given.
+        debug_enabled: Whether debug lines are wanted.
     """
 
     def __init__(self, write: Callable[[str], object], *, debug: bool = False) -> None:
-        self._write = write
+        self.write = write
         self._second = -1
         self._prefix = ""
         self.debug_enabled = debug
@@ -91,41 +95,47 @@ class Log:
         """
         line = (
             f'{{"time":"{self._time()}","level":"INFO","msg":"Request",'
-            f'"host":{_text(host)},"port":{port},"path":{_text(path)},'
-            f'"request_id":{_text(request_id)},"status":{status},"service":{_quote(service)},'
-            f'"target":{_quote(target)},"duration":{duration},"method":{_text(method)},'
+            f'"host":{text(host)},"port":{port},"path":{text(path)},'
+            f'"request_id":{text(request_id)},"status":{status},"service":{_quote(service)},'
+            f'"target":{_quote(target)},"duration":{duration},"method":{text(method)},'
             f'"req_content_length":{req_content_length},'
-            f'"req_content_type":{_text(req_content_type)},'
+            f'"req_content_type":{text(req_content_type)},'
             f'"resp_content_length":{resp_content_length},'
-            f'"resp_content_type":{_text(resp_content_type)},"client_addr":"{client_addr}",'
-            f'"client_port":"{client_port}","remote_addr":{_text(remote_addr)},'
-            f'"user_agent":{_text(user_agent)},"proto":"{proto}","scheme":"{scheme}",'
-            f'"query":{_text(query)}'
+            f'"resp_content_type":{text(resp_content_type)},"client_addr":"{client_addr}",'
+            f'"client_port":"{client_port}","remote_addr":{text(remote_addr)},'
+            f'"user_agent":{text(user_agent)},"proto":"{proto}","scheme":"{scheme}",'
+            f'"query":{text(query)}'
         )
         for name, value in headers:
-            line += f",{_quote(name)}:{_text(value)}"
+            line += f",{_quote(name)}:{text(value)}"
         if reason:
             line += f',"reason":"{reason}"'
-        self._write(line + "}")
+        self.write(line + "}")
 
     def _line(self, level: str, message: str, fields: dict[str, object]) -> None:
         line = f'{{"time":"{self._time()}","level":"{level}","msg":{_quote(message)}'
         for name, value in fields.items():
             line += f",{_quote(name)}:{_value(value)}"
-        self._write(line + "}")
+        self.write(line + "}")
 
     def _time(self) -> str:
         """Return now as Go prints it: RFC 3339, nanoseconds without trailing zeros."""
         second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
         if second != self._second:
             self._second = second
-            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._prefix = second_text(second)
         if not nanosecond:
             return self._prefix + "Z"
         return f"{self._prefix}.{nanosecond:09d}".rstrip("0") + "Z"
 
 
-def _text(value: bytes) -> str:
+def second_text(second: int) -> str:
+    """Return a second since 1970 as it begins the time of a line."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def text(value: bytes) -> str:
+    """Return what came from the network as it is in a line, quotation marks included."""
     return _quote(value.decode("utf-8", "replace"))
 
 
@@ -137,7 +147,7 @@ def _value(value: object) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(_value(item) for item in value) + "]"
     if isinstance(value, bytes):
-        return _text(value)
+        return text(value)
     return _quote(str(value).encode("utf-8", "replace").decode())
 
 

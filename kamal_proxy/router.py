@@ -14,7 +14,7 @@ from kamal_proxy.errors import HostConflictError
 from kamal_proxy.matching import has_prefix, host_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kamal_proxy.service import Service
 
@@ -114,19 +114,25 @@ class RoutingTable:
         Returns:
             The service and the prefix that matched, or None.
         """
+        for prefix, service in self.bound(host):
+            if has_prefix(path, prefix):
+                return service, prefix
+        return None
+
+    def bound(self, host: str) -> Sequence[tuple[bytes, Service]]:
+        """Return the path prefixes that a host has, with their services: the first match wins.
+
+        Args:
+            host: Host name in lower case, without port.
+        """
         bound = self._bindings.get(host)
         if bound is None:
             dot = host.find(".")
             if dot > 0:
                 bound = self._bindings.get("*" + host[dot:])
             if bound is None:
-                bound = self._bindings.get(EVERY_HOST)
-                if bound is None:
-                    return None
-        for prefix, service in bound:
-            if has_prefix(path, prefix):
-                return service, prefix
-        return None
+                bound = self._bindings.get(EVERY_HOST, ())
+        return bound
 
 
 def _host_keys(service: Service) -> tuple[str, ...]:

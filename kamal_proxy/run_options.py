@@ -112,6 +112,8 @@ class RunOptions:
         metrics_port: TCP port for metrics; 0 means none.
         udp_port: UDP port of services that were deployed without one of their own.
         http3: Whether HTTP/3 is served too, on the UDP port of the same number as HTTPS.
+        lane: Whether ordinary HTTP/1.1 requests are served in the extension, without a task for
+            each. Without it everything goes through h11: the same, but at many times the cost.
         debug: Whether debug lines are logged.
         bind: Addresses to listen on; none means all, IPv4 and IPv6.
         trusted_proxies: Networks (``192.0.2.0/24``, or an address) whose X-Forwarded-* headers,
@@ -142,6 +144,7 @@ class RunOptions:
     metrics_port: int = 0
     udp_port: int = 8080
     http3: bool = False
+    lane: bool = True
     debug: bool = False
     bind: tuple[str, ...] = attrs.field(default=(), converter=_addresses)
     trusted_proxies: tuple[str, ...] = attrs.field(default=(), converter=texts)

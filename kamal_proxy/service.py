@@ -99,6 +99,11 @@ class Service:
         forward = self.target_options.forward_headers
         return not self.options.tls_enabled if forward is None else forward
 
+    @property
+    def redirects_to_https(self) -> bool:
+        """Whether requests without TLS have to come again with it."""
+        return self.options.tls_enabled and self.options.tls_redirect
+
     def response_timeout(self, path: bytes) -> float:
         """Return the seconds that a target has for the head of its response.
 

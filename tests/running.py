@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 INSTANCE = Path(__file__).with_name("instance.py")
+# With KAMAL_PROXY_LANE=false all HTTP tests are about the tasks and h11: make test-h11.
+LANE = os.environ.get("KAMAL_PROXY_LANE") != "false"
 # No test may ask a real certificate authority for anything.
 NO_AUTHORITY = "https://127.0.0.1:1/dir"
 START_LIMIT = 30.0  # seconds; a hang must fail a test, not the whole run
@@ -191,6 +193,7 @@ async def open_embedded(**options: Any) -> AsyncIterator[Embedded]:
         "http_port": 0,
         "bind": "127.0.0.1",
         "shutdown_timeout": 2.0,
+        "lane": LANE,
         "acme": AcmeOptions(directory=NO_AUTHORITY),
     }
     with ExitStack() as patched:
@@ -283,6 +286,7 @@ def environment(directory: Path, extra: Mapping[str, str] | None = None) -> dict
         "XDG_RUNTIME_DIR": str(directory),
         "PYTHONPATH": str(ROOT),
         "KAMAL_PROXY_ACME_DIRECTORY": NO_AUTHORITY,
+        "KAMAL_PROXY_LANE": str(LANE).lower(),
     }
     return clean | own | dict(extra or {})
 

@@ -73,6 +73,13 @@ def run(
     http3: Annotated[
         Bool | None, Parameter(help="Serve HTTP/3 too, on the UDP port of the same number as HTTPS")
     ] = None,
+    lane: Annotated[
+        Bool | None,
+        Parameter(
+            help="Serve ordinary HTTP/1.1 requests without a task for each; =false is the same, "
+            "but at many times the cost"
+        ),
+    ] = None,
     bind: Annotated[
         Strings | None, Parameter(help="Address to listen on; all if none (repeatable)")
     ] = None,
@@ -193,6 +200,7 @@ def run(
         metrics_port=_port("METRICS_PORT", metrics_port, _DEFAULTS.metrics_port),
         udp_port=_port("UDP_PORT", udp_port, _DEFAULTS.udp_port),
         http3=_setting("http3", BOOL, http3),
+        lane=_setting("lane", BOOL, lane),
         data_directory=default_data_directory(),
         socket_path=default_socket_path(),
         bind=_setting("bind", STRINGS, bind),

@@ -71,6 +71,21 @@ class Admission:
         """Whether the request belongs into the metrics."""
         return bool(self._counted) or self.service is None
 
+    def go_on(self, service: Service, prefix: bytes) -> None:
+        """Belong to a service among whose requests in flight this one is counted already.
+
+        Args:
+            service: The service.
+            prefix: What is removed from the beginning of the path, if anything.
+        """
+        self.service = service
+        self._counted = service.name
+        self._set_prefix(prefix)
+
+    def _set_prefix(self, prefix: bytes) -> None:
+        self.prefix = prefix
+        self.path = self.destination.without_prefix(prefix) if prefix else self.destination.raw
+
     def close(self) -> None:
         """Free what it holds; called at the end of the exchange."""
         if self.body is not None:
@@ -152,9 +167,7 @@ class Admission:
             raise Refusal(Reason.NO_SERVICE)
         service, prefix = found
         self.service = service
-        self.prefix, self.path = b"", destination.raw
-        if service.options.strip_prefix and prefix != b"/":
-            self.prefix, self.path = prefix, destination.without_prefix(prefix)
+        self._set_prefix(prefix if service.options.strip_prefix and prefix != b"/" else b"")
         if self._counted != service.name:
             self._count(service)
         return service
@@ -175,13 +188,13 @@ class Admission:
 
     def _redirect(self, service: Service) -> bytes:
         """Return where the request has to go instead: in one hop, to HTTPS and to the host."""
-        options, destination = service.options, self.destination
+        destination = self.destination
         scheme, host = self._server.scheme, destination.host_without_port
         canonical = service.canonical_name
         moves = bool(canonical) and canonical != destination.name
         if moves:
             host = f"[{canonical}]".encode() if ":" in canonical else canonical.encode()
-        if options.tls_enabled and options.tls_redirect and scheme == "http":
+        if service.redirects_to_https and scheme == "http":
             scheme, moves = "https", True
         if not moves:
             return b""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kamal_proxy.listeners import Address
 
 
-class ServedConnection(Protocol):
+class OpenConnection(Protocol):
     """A client connection as the server that accepted it knows it."""
 
     @property
@@ -31,6 +31,10 @@ class ServedConnection(Protocol):
 
     def cancel(self, reason: Reason) -> None:
         """Interrupt everything on the connection."""
+
+
+class ServedConnection(OpenConnection, Protocol):
+    """One that has a task."""
 
     async def run(self) -> None:
         """Serve the connection until it ends. The caller closes the stream."""

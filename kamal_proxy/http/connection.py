@@ -20,6 +20,7 @@ from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Drain
+    from kamal_proxy.http.begun import Begun
     from kamal_proxy.http.server import HttpServer
     from kamal_proxy.listeners import Address
     from kamal_proxy.sockets import SocketStream
@@ -31,7 +32,15 @@ _ANSWER_TIMEOUT = 5.0  # seconds for an error response after an interruption
 class ClientConnection:
     """One HTTP/1.1 connection of a client: a ``client_side.ServedConnection`` and ``ClientSide``.
 
+    Args:
+        stream: Its stream.
+        address: The client's.
+        server: Whose connection it is.
+        has_lane: Whether it shall end, and not be closed, as soon as it is quiet.
+        is_first: Whether nothing was asked on it yet.
+
     Attributes:
+        is_quiet: Whether it has ended for that reason.
         stream: Its stream.
         address: The client's, or what a PROXY protocol header said that it is.
         server: Whose connection it is.
@@ -49,12 +58,15 @@ class ClientConnection:
     __slots__ = (
         "_exchange",
         "_first",
+        "_has_lane",
+        "_introduced",
         "address",
         "believed",
         "client_ca",
         "codec",
         "drain",
         "ending",
+        "is_quiet",
         "reason",
         "scope",
         "server",
@@ -62,9 +74,19 @@ class ClientConnection:
         "vouched",
     )
 
-    def __init__(self, stream: SocketStream, address: Address, server: HttpServer) -> None:
+    def __init__(
+        self,
+        stream: SocketStream,
+        address: Address,
+        server: HttpServer,
+        *,
+        has_lane: bool = False,
+        is_first: bool = True,
+    ) -> None:
         self.stream = stream
         self.server = server
+        self._has_lane = has_lane
+        self.is_quiet = False
         self.codec = ServerCodec(server.options.max_head_size, server.options.max_headers)
         self._set_address(address)
         self.scope = trio.CancelScope()
@@ -73,7 +95,11 @@ class ClientConnection:
         self.drain: Drain | None = None
         self.client_ca = stream.client_ca
         self._exchange: Exchange | None = None
-        self._first = True
+        self._first = is_first
+        # Inside TLS, or in the lane, nobody introduces anybody: that came before.
+        self._introduced = (
+            stream.secured or not is_first or address[0] not in server.proxy_protocol_from
+        )
 
     def _set_address(self, address: Address) -> None:
         trusted = self.server.trusted_proxies
@@ -115,6 +141,18 @@ class ClientConnection:
         self.reason = reason
         self.scope.cancel(reason=reason.name)
 
+    def go_on(self, request: bytes, begun: Begun) -> None:
+        """Go on with an exchange when the connection is served.
+
+        Args:
+            request: The whole request.
+            begun: What has become of it.
+        """
+        self.codec.receive_head_data(request)
+        head = self.codec.next_request()
+        assert head is not None, "what was whole in the lane is whole"
+        self._exchange = Exchange(self, head, begun)
+
     async def run(self) -> None:
         """Serve the connection until it ends. The caller closes the stream."""
         try:
@@ -128,48 +166,53 @@ class ClientConnection:
 
     async def _serve(self) -> bool:
         """Serve requests; return whether the client may still be sending."""
-        # Inside TLS nobody introduces anybody: that came before.
-        known = self.stream.secured or self.address[0] not in self.server.proxy_protocol_from
         while True:
             with self.scope:
-                if not known and not await self._introduced():
+                if not self._introduced and not await self._read_introduction():
                     return False
-                known = True
                 # An exchange that ended while being cancelled must not take the next one with it.
-                while not self.scope.cancel_called:
-                    try:
-                        head = await self._next_head()
-                    except ProtocolError as error:
-                        large = error.status == Reason.HEAD_TOO_LARGE.status
-                        reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
-                        return await self._reject(reason, error.status)
-                    except trio.BrokenResourceError:
-                        head = None
-                    if head is None:
-                        if self.codec.has_partial_head:
-                            self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
-                        return False
-                    exchange = self._exchange = Exchange(self, head)
-                    if self.drain is not None:
-                        exchange.begin_drain(self.drain)
-                    usable = await exchange.run()
-                    usable = usable and self.codec.next_cycle()
-                    exchange.finish()
-                    self._exchange = None
-                    if self.reason is Reason.CLIENT_GONE:
-                        self.reason = Reason.IDLE  # each pipelined request has its own grace
-                    if not usable or self.server.closing:
+                while self._exchange is not None or not self.scope.cancel_called:
+                    if self._exchange is None:
+                        try:
+                            head = await self._next_head()
+                        except ProtocolError as error:
+                            large = error.status == Reason.HEAD_TOO_LARGE.status
+                            reason = Reason.HEAD_TOO_LARGE if large else Reason.BAD_REQUEST
+                            return await self._reject(reason, error.status)
+                        except trio.BrokenResourceError:
+                            head = None
+                        if head is None:
+                            if self.codec.has_partial_head:
+                                self._log_headless(Reason.CLIENT_GONE, CLIENT_CLOSED_REQUEST, 0)
+                            return False
+                        self._exchange = Exchange(self, head)
+                        if self.drain is not None:
+                            self._exchange.begin_drain(self.drain)
+                    if not await self._run_exchange(self._exchange) or self.server.closing:
                         return self._must_linger()
+                    if self._has_lane and self.is_idle and not self.scope.cancel_called:
+                        self.is_quiet = True
+                        return False
             if self.scope.cancelled_caught or self.reason is Reason.SHUTDOWN:
                 return await self._interrupted()
             # Its client was told that the connection goes on.
             self.scope = trio.CancelScope()
 
+    async def _run_exchange(self, exchange: Exchange) -> bool:
+        """Serve a request; return whether the connection can be used for another."""
+        usable = await exchange.run()
+        usable = usable and self.codec.next_cycle()
+        exchange.finish()
+        self._exchange = None
+        if self.reason is Reason.CLIENT_GONE:
+            self.reason = Reason.IDLE  # each pipelined request has its own grace
+        return usable
+
     def _must_linger(self) -> bool:
         """Return whether there may be unread bytes: only these make closing dangerous."""
         return not (self.codec.received and self.stream.is_quiet_nowait())
 
-    async def _introduced(self) -> bool:
+    async def _read_introduction(self) -> bool:
         """Read the PROXY protocol header that this peer owes; return whether it was one."""
         self.move_deadline(self.server.options.head_timeout, Reason.IDLE)
         found = await introduced(self.stream, self.address, self.server.log)
@@ -177,6 +220,7 @@ class ClientConnection:
             return False
         address, data = found
         self._set_address(address)
+        self._introduced = True
         self.codec.receive_head_data(data)
         return True
 

@@ -46,6 +46,7 @@ from kamal_proxy.http.websocket import is_websocket
 
 if TYPE_CHECKING:
     from kamal_proxy.deployment import Deployment, Drain, Target
+    from kamal_proxy.http.begun import Begun
     from kamal_proxy.http.client_side import ClientSide
     from kamal_proxy.http.target_side import Upstream
     from kamal_proxy.service import Service
@@ -61,6 +62,7 @@ class Exchange:
 
     __slots__ = (
         "_admission",
+        "_begun",
         "_client",
         "_deployment",
         "_downstream",
@@ -78,7 +80,7 @@ class Exchange:
         "_wrote",
     )
 
-    def __init__(self, client: ClientSide, head: RequestHead) -> None:
+    def __init__(self, client: ClientSide, head: RequestHead, begun: Begun | None = None) -> None:
         self._started = time.perf_counter_ns()
         self._client = client
         self._server = client.server
@@ -95,11 +97,28 @@ class Exchange:
         self._tunnel: Tunnel | None = None
         self._drain: Drain | None = None
         self._reason: Reason | None = None
+        self._begun = begun
+        if begun is not None:
+            self._go_on(begun)
+
+    def _go_on(self, begun: Begun) -> None:
+        """Take over what somebody else has begun."""
+        self._started = begun.started
+        self._request_id = begun.request_id
+        self._admission = Admission(self._client, self._downstream, self._head)
+        self._admission.go_on(begun.service, begun.prefix)
+        self._deployment = begun.deployment
+        self._target = begun.target
+        self._target_name = begun.target.name
+        self._upstream = begun.upstream
+        begun.deployment.replace(begun.former, by=self)
 
     async def run(self) -> bool:
         """Serve the request; return whether the connection can be used for another."""
         try:
             try:
+                if self._begun is not None:
+                    return await self._resume(self._begun)
                 self._admission = Admission(self._client, self._downstream, self._head)
                 return await self._serve(self._admission)
             except TargetFailed as error:
@@ -212,6 +231,11 @@ class Exchange:
         deployment.begin(self)
         return await self._forward(admission, service, deployment)
 
+    async def _resume(self, begun: Begun) -> bool:
+        """Have the request answered by the target that was chosen, or by others if that fails."""
+        assert self._admission is not None
+        return await self._forward(self._admission, begun.service, begun.deployment, begun)
+
     # Which target
 
     def _choose_deployment(self, service: Service) -> Deployment:
@@ -237,7 +261,11 @@ class Exchange:
         return not cookies.is_recent_writer(self._head.headers, time.time())
 
     async def _forward(
-        self, admission: Admission, service: Service, deployment: Deployment
+        self,
+        admission: Admission,
+        service: Service,
+        deployment: Deployment,
+        begun: Begun | None = None,
     ) -> bool:
         """Give the request to targets until one has taken it; relay its response."""
         metrics = self._server.metrics
@@ -249,7 +277,7 @@ class Exchange:
         refusals = 0
         cause = ""
         while True:
-            target = deployment.choose(failed, reading=reading)
+            target = begun.target if begun else deployment.choose(failed, reading=reading)
             if target is None:
                 if not failed:
                     raise Refusal(Reason.NO_TARGET)
@@ -264,11 +292,17 @@ class Exchange:
             self._assign(target)
             pool = target.connections
             assert isinstance(pool, (UpstreamPool, H2Pool))
-            self._client.move_deadline(response_timeout, Reason.TARGET_TIMEOUT)
-            upstream = self._upstream = pool.take_idle(max_age)
-            if upstream is not None:
-                metrics.reuse(service.name)
+            attempt, begun = begun, None
+            if attempt is not None and attempt.upstream is not None:
+                self._client.move_deadline(attempt.remaining, Reason.TARGET_TIMEOUT)
+                upstream: Upstream | None = attempt.upstream
             else:
+                attempt = None
+                self._client.move_deadline(response_timeout, Reason.TARGET_TIMEOUT)
+                upstream = self._upstream = pool.take_idle(max_age)
+                if upstream is not None:
+                    metrics.reuse(service.name)
+            if upstream is None:
                 try:
                     upstream = self._upstream = await pool.connect()
                 except ConnectError as error:
@@ -281,7 +315,9 @@ class Exchange:
                 else:
                     metrics.reuse(service.name)
             try:
-                return await self._converse(admission, upstream, service, target, response_timeout)
+                return await self._converse(
+                    admission, upstream, service, target, response_timeout, attempt
+                )
             except StaleConnection as error:
                 if not repeatable:
                     raise TargetFailed(str(error)) from error
@@ -335,6 +371,7 @@ class Exchange:
         service: Service,
         target: Target,
         response_timeout: float,
+        begun: Begun | None,
     ) -> bool:
         """Send the request on one upstream connection and relay what comes back."""
         if upstream.may_refuse and self._given is None:
@@ -357,7 +394,7 @@ class Exchange:
             patient=upstream.may_refuse and is_grpc(self._head.get(b"content-type")),
         )
         request = self._request(admission, upstream, service, target)
-        switched = await relay.run(request, admission.body)
+        switched = await relay.run(request, admission.body, begun)
         if switched is None:
             return self._downstream.received
         headers = self._with_cookies(admission, service, upgrade_response_headers(switched))

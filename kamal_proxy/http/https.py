@@ -14,7 +14,7 @@ from kamal_proxy.http.opening import Opening
 
 if TYPE_CHECKING:
     from kamal_proxy.http.server import HttpServer
-    from kamal_proxy.listeners import Address, Clients
+    from kamal_proxy.listeners import Address, Begin, Clients
     from kamal_proxy.sockets import SocketStream
     from kamal_proxy.tls.selection import Selection
 
@@ -44,12 +44,19 @@ class HttpsFront:
         """How many connections are being opened, or have said nothing yet."""
         return len(self._openings)
 
-    def begin(self, clients: Clients, stream: SocketStream, address: Address) -> None:
-        """Take a connection that was accepted. Whatever its client does ends there."""
+    def begin(self, clients: Clients, serve: Begin, stream: SocketStream, address: Address) -> None:
+        """Take a connection that was accepted. Whatever its client does ends there.
+
+        Args:
+            clients: Those to which it belongs.
+            serve: Takes it when it is open.
+            stream: The connection.
+            address: The client's.
+        """
         if self._closed:
             clients.leave(stream)
             return
-        opening = Opening(self, clients, stream, address)
+        opening = Opening(self, clients, serve, stream, address)
         self.allow_time(opening)
         opening.begin()
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from kamal_proxy.http.https import HttpsFront
-    from kamal_proxy.listeners import Address, Clients
+    from kamal_proxy.listeners import Address, Begin, Clients
     from kamal_proxy.sockets import SocketStream
     from kamal_proxy.tls.hello import ClientHello
     from kamal_proxy.tls.selection import Chosen
@@ -46,6 +46,7 @@ class Opening:
     Args:
         front: Where connections are opened; is told what becomes of this one.
         clients: Those to which it belongs.
+        serve: Takes it when it is open.
         stream: The connection.
         address: The client's.
 
@@ -63,17 +64,24 @@ class Opening:
         "_is_over",
         "_received",
         "_scope",
+        "_serve",
         "_stream",
         "_tls",
         "deadline",
     )
 
     def __init__(
-        self, front: HttpsFront, clients: Clients, stream: SocketStream, address: Address
+        self,
+        front: HttpsFront,
+        clients: Clients,
+        serve: Begin,
+        stream: SocketStream,
+        address: Address,
     ) -> None:
         self.deadline = 0.0
         self._front = front
         self._clients = clients
+        self._serve = serve
         self._stream = stream
         self._address = address
         self._received = b""  # of the hello
@@ -193,7 +201,7 @@ class Opening:
         tls.client_ca = self._client_ca
         self._tls = tls
         if tls.alpn == "h2":  # whose server speaks first
-            self._serve()
+            self._hand_over()
         else:
             tls.tell(self)
             self._front.allow_time(self)
@@ -207,15 +215,15 @@ class Opening:
         if self._tls.at_eof_nowait():
             self.end()
         else:
-            self._serve()
+            self._hand_over()
 
-    def _serve(self) -> None:
-        """Let it have a task, which speaks HTTP."""
+    def _hand_over(self) -> None:
+        """Let it be served: it is open."""
         assert self._tls is not None
-        self._clients.serve(self._front.server.handle, self._tls, self._address)
         self._tls.tell(self._tls)
         self._front.forget(self)
         self._is_over = True
+        self._serve(self._tls, self._address)
 
     def _blame(self, error: Exception) -> bytes:
         """Take note of what ends the connection; return what the client is told."""

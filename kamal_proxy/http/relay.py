@@ -31,6 +31,7 @@ from kamal_proxy.sockets import READ_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kamal_proxy.http.begun import Begun
     from kamal_proxy.http.client_side import ClientSide, Downstream
     from kamal_proxy.http.target_side import Upstream
     from kamal_proxy.target_options import TargetOptions
@@ -98,12 +99,15 @@ class Relay:
         self._answered = False  # the head of the final response is here
         self._upload: Upload | None = None
 
-    async def run(self, request: bytes, body: Body | None) -> ResponseHead | None:
+    async def run(
+        self, request: bytes, body: Body | None, begun: Begun | None = None
+    ) -> ResponseHead | None:
         """Send the request and relay the response.
 
         Args:
             request: Its head, framed.
             body: Its body, if that was read whole; otherwise it is relayed as it comes.
+            begun: What somebody else has done of this already: the request has arrived whole.
 
         Returns:
             The head of a 101 response, after which the caller has to go on; otherwise None.
@@ -130,12 +134,16 @@ class Relay:
             if whole is not None:
                 request += framed(self._downstream, self._upstream, whole)
         broken = False
+        if begun is not None:
+            request = begun.unsent
         try:
             await self._send_head(request)
         except trio.BrokenResourceError:
             broken = True  # but it may have answered before it closed
+        if begun is not None and begun.upstream is not None and (begun.response or begun.received):
+            begun.upstream.codec.receive_data(begun.response + begun.received)
         if complete or broken:
-            return await self._download()
+            return await self._download(begun)
         return await self._relay_both_ways(body)
 
     # The request
@@ -194,7 +202,7 @@ class Relay:
 
     # The response
 
-    async def _download(self) -> ResponseHead | None:
+    async def _download(self, begun: Begun | None = None) -> ResponseHead | None:
         """Relay the response, or return the head of one that switches protocols."""
         head = await self._response_head()
         if head.status == 101:
@@ -213,6 +221,9 @@ class Relay:
                 return None
         downstream = self._downstream
         parts = [self._begin(head, headers)]
+        if begun is not None and begun.response:
+            parts.clear()
+            downstream.sent = begun.sent
         if first:
             parts.append(downstream.body(first))
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from kamal_proxy.http.bodies import Spill
-    from kamal_proxy.http.client_side import ServedConnection
+    from kamal_proxy.http.client_side import OpenConnection, ServedConnection
     from kamal_proxy.listeners import Address, Begin, Clients
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
@@ -70,7 +70,9 @@ class HttpServer:
         self.validation = validation
         self.trusted_proxies = Networks(options.trusted_proxies)
         self.proxy_protocol_from = Networks(options.proxy_protocol_from)
+        #: Whether connections end with what they are doing.
         self.closing = False
+        self._drain: Drain | None = None
         #: What tells clients where HTTP/3 is served (RFC 7838); empty if it is not.
         self.alt_svc = b""
         #: Requests that wait for the end of a pause, and how many may.
@@ -80,7 +82,7 @@ class HttpServer:
         #: counts as one client, but each of its requests may need a descriptor for its target.
         self.streams = 0
         self.max_streams = connection_limit(options.max_connections)
-        self._connections: set[ServedConnection] = set()
+        self._connections: set[OpenConnection] = set()
         self._closed = trio.Event()
         self._date = b""
         self._date_second = -1
@@ -105,17 +107,27 @@ class HttpServer:
 
     async def serve(self, connection: ServedConnection, address: Address) -> None:
         """Serve one connection, of whatever version; it is among those that are open meanwhile."""
-        self._connections.add(connection)
+        self.add(connection)
         try:
-            if self.closing:
-                return
+            if self._drain is not None:
+                if connection.is_idle:
+                    return
+                connection.begin_drain(self._drain)
             await connection.run()
         except Exception as error:  # a bug must cost one connection, not the proxy
             self.log.error("Connection failed", client_addr=address[0], error=repr(error))
         finally:
-            self._connections.discard(connection)
-            if self.closing and not self._connections:
-                self._closed.set()
+            self.discard(connection)
+
+    def add(self, connection: OpenConnection) -> None:
+        """Count a connection among those that are open."""
+        self._connections.add(connection)
+
+    def discard(self, connection: OpenConnection) -> None:
+        """Count it no more."""
+        self._connections.discard(connection)
+        if self.closing and not self._connections:
+            self._closed.set()
 
     def close_idle(self, deadline: float) -> None:
         """Begin to shut down: idle connections end now, the others after their request.
@@ -124,8 +136,8 @@ class HttpServer:
             deadline: When those that are left are aborted, on Trio's clock.
         """
         self.closing = True
-        drain = Drain(deadline)
-        for connection in self._connections:
+        drain = self._drain = Drain(deadline)
+        for connection in tuple(self._connections):
             if connection.is_idle:
                 connection.cancel(Reason.SHUTDOWN)
             else:
@@ -139,7 +151,7 @@ class HttpServer:
 
     def abort(self) -> None:
         """Interrupt the requests that are still being served."""
-        for connection in self._connections:
+        for connection in tuple(self._connections):
             connection.cancel(Reason.SHUTDOWN)
 
     async def accept(

@@ -22,6 +22,7 @@ from kamal_proxy.sockets import READ_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kamal_proxy._fastpath import Link
     from kamal_proxy.sockets import Poller, SocketStream
 
 MAX_IDLE = 100  # connections per target
@@ -126,7 +127,7 @@ class UpstreamConnection:
     :meth:`release` it.
     """
 
-    __slots__ = ("_pool", "_sending", "codec", "idle_since", "reused", "stream")
+    __slots__ = ("_pool", "_sending", "codec", "idle_since", "link", "reused", "stream")
 
     opened: Final = True  # or taken from the idle ones, which is known then
     refused: Final = False
@@ -138,6 +139,7 @@ class UpstreamConnection:
         self._pool = pool
         self.reused = False
         self.idle_since = 0.0
+        self.link: Link | None = None  # what the lane knows it as
         self._sending = False
 
     async def send(self, data: bytes, progress: Callable[[], None] | None = None) -> None:
@@ -169,6 +171,10 @@ class UpstreamConnection:
     def release(self) -> None:
         """Give the connection back after its exchange: once, for another may have it then."""
         self._pool.take_back(self)
+
+    def keep(self) -> None:
+        """Give it back after an exchange that ended well, and that its codec had no part in."""
+        self._pool.keep(self)
 
     def next_cycle(self) -> bool:
         """Get ready for another request; False if the connection can't be used again."""
@@ -230,7 +236,14 @@ class UpstreamPool:
 
     def take_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose exchange has ended, if it can be used again; or close it."""
-        if self._closed or not connection.next_cycle():
+        if connection.next_cycle():
+            self.keep(connection)
+        else:
+            connection.stream.close()
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """Keep a connection that can be used again."""
+        if self._closed:
             connection.stream.close()
             return
         connection.idle_since = trio.current_time()

@@ -15,6 +15,7 @@ from kamal_proxy import listeners
 from kamal_proxy.http import http3
 from kamal_proxy.http.bodies import Spill
 from kamal_proxy.http.https import HttpsFront
+from kamal_proxy.http.lane import Lane
 from kamal_proxy.http.server import HttpServer, connection_limit
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kamal_proxy.certificates import Certificates
+    from kamal_proxy.listeners import Begin
     from kamal_proxy.logs import Log
     from kamal_proxy.metrics import Metrics
     from kamal_proxy.router import RoutingTable
@@ -116,9 +118,14 @@ class Web:
             await nursery.start(self._http3.run)
         async with trio.open_nursery() as acceptors:
             for server, sockets in self._bound:
-                begin = functools.partial(clients.serve, server.handle)
+                serve: Begin = functools.partial(clients.serve, server.handle)
+                if self._options.lane:
+                    lane = Lane(server, poller, clients)
+                    nursery.start_soon(lane.run)
+                    serve = lane.begin
+                begin = serve
                 if server.scheme == "https" and self._front is not None:
-                    begin = functools.partial(self._front.begin, clients)
+                    begin = functools.partial(self._front.begin, clients, serve)
                     acceptors.start_soon(self._front.run)
                 acceptors.start_soon(server.accept, sockets, poller, clients, begin)
 

@@ -113,6 +113,7 @@ SETTINGS: list[tuple[str, str, str, Any]] = [
     ("--max-buffer-memory", "6", "max_buffer_memory", 6),
     ("--spill-directory", "/var/spill", "spill_directory", Path("/var/spill")),
     ("--http3", "true", "http3", True),
+    ("--lane", "false", "lane", False),
     ("--acme-directory", "https://ca.test/dir", "acme.directory", "https://ca.test/dir"),
     ("--acme-email", "ops@a.test", "acme.email", "ops@a.test"),
 ]  # fmt: skip

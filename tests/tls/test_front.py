@@ -150,10 +150,15 @@ class World:
             self._acceptors = acceptors
             self.front._closed = False
             acceptors.start_soon(self.front.run)
-            self.front.begin(Clients(everything, limiter), stream, CLIENT)
+            self.begin(Clients(everything, limiter), stream)
             yield everything.cancel_scope
             await limiter.acquire()
             acceptors.cancel_scope.cancel()
+
+    def begin(self, clients: Clients, stream: SocketStream) -> None:
+        """Have a connection opened."""
+        serve = functools.partial(clients.serve, self.greeter.handle)
+        self.front.begin(clients, serve, stream, CLIENT)
 
     async def _ask(self, service: str, path: str, host: str) -> Answer:
         self.asked.append(host)
@@ -303,7 +308,7 @@ def test_clients_run_out_of_time_one_after_another(monkeypatch: pytest.MonkeyPat
             everything.start_soon(world.front.run)
             pairs = [stack.enter_context(stream_pair(poller)) for _ in range(5)]
             for stream, _ in pairs:
-                world.front.begin(Clients(everything, limiter), stream, CLIENT)
+                world.begin(Clients(everything, limiter), stream)
                 await trio.sleep(1)
             pairs[1][1].close()  # it has left already when its time is over
             await trio.sleep(patience - 5 + 0.5)
