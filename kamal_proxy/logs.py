@@ -1,14 +1,16 @@
 """JSON log lines: one object per line, keys ``time``, ``level``, ``msg`` first, then the fields.
 
-The shape is a contract (people grep and parse it). Writing never blocks the event loop for long: a
-line goes straight to the descriptor while that takes it, otherwise it waits in a bounded queue and
-what does not fit is counted and reported. Owns no policy about what is logged.
+The shape is a contract (people grep and parse it). Writing never blocks the event loop for long:
+the lines of one turn of the scheduler go to the descriptor together, as far as it takes them, the
+others wait in a bounded queue, and what does not fit is counted and reported. Owns no policy about
+what is logged.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import stat
 import time
 from collections import deque
 from json.encoder import encode_basestring
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_PENDING = 8 * 1024 * 1024  # bytes of log kept while nobody reads it
+_FILE_WRITE = 256 * 1024
 _PIPE_BUF = 4096  # a pipe that polls writable takes this much without blocking (pipe(7))
 _FLUSH_AT_EXIT = 1.0  # seconds
 
@@ -154,6 +157,9 @@ def _value(value: object) -> str:
 class LineWriter:
     """Writes lines to a descriptor that may be slow, such as the pipe behind ``docker logs``.
 
+    While :meth:`run` runs, it writes what was added since its last turn; otherwise each line is
+    written at once.
+
     Args:
         fd: The descriptor; it stays in blocking mode, because others may share it.
         max_pending: Bytes kept while the descriptor takes none; further lines are dropped.
@@ -166,7 +172,10 @@ class LineWriter:
         self._pending_size = 0
         self._dropped = 0
         self._broken = False
-        self._congested = trio.Event()
+        self._added = trio.Event()
+        self._is_running = False
+        # A file takes any amount at once.
+        self._at_once = _FILE_WRITE if stat.S_ISREG(os.fstat(fd).st_mode) else _PIPE_BUF
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
@@ -176,24 +185,31 @@ class LineWriter:
             return
         data = line.encode("utf-8", "replace") + b"\n"
         if self._pending_size + len(data) > self._max_pending:
-            self._dropped += 1
-            return
+            self._write_some(0)
+            if self._pending_size + len(data) > self._max_pending:
+                self._dropped += 1
+                return
         self._pending.append(data)
         self._pending_size += len(data)
-        if self._pending_size == len(data) and not self._write_some(0):
-            self._congested.set()
+        if self._pending_size == len(data):
+            if self._is_running:
+                self._added.set()
+            else:
+                self._write_some(0)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write what was queued as the descriptor takes it, until cancelled."""
         task_status.started()
-        while True:
-            await self._congested.wait()
-            self._congested = trio.Event()
-            while self._pending and not self._broken:
-                await trio.lowlevel.wait_writable(self._fd)
-                self._write_some(0)
-                if not self._pending:
-                    self._report_dropped()
+        self._is_running = True
+        try:
+            while True:
+                self._added = trio.Event()
+                while not self._write_some(0):
+                    await trio.lowlevel.wait_writable(self._fd)
+                self._report_dropped()
+                await self._added.wait()
+        finally:
+            self._is_running = False
 
     def close(self) -> None:
         """Write what is still queued, waiting for a slow reader no longer than a second."""
@@ -208,6 +224,17 @@ class LineWriter:
             dropped, self._dropped = self._dropped, 0
             Log(self.write).warning("Log lines dropped: nobody read them", count=dropped)
 
+    def _next_part(self) -> bytes:
+        """Return the beginning of what is to be written: as much as may be written at once."""
+        parts = []
+        size = 0
+        for line in self._pending:
+            parts.append(line)
+            size += len(line)
+            if size >= self._at_once:
+                break
+        return b"".join(parts)[: self._at_once]
+
     def _write_some(self, patience: int) -> bool:
         """Write until nothing is left or the descriptor takes no more; True if nothing is left.
 
@@ -217,12 +244,11 @@ class LineWriter:
         pending = self._pending
         try:
             while pending and self._poll.poll(patience):
-                data = pending[0][:_PIPE_BUF]
-                written = os.write(self._fd, data)
+                written = os.write(self._fd, self._next_part())
                 self._pending_size -= written
-                if written == len(pending[0]):
-                    pending.popleft()
-                else:
+                while written and written >= len(pending[0]):
+                    written -= len(pending.popleft())
+                if written:
                     pending[0] = pending[0][written:]
         except OSError:
             # The reader is gone for good; a proxy must outlive its log.

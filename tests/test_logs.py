@@ -17,6 +17,7 @@ from kamal_proxy.logs import LineWriter, Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 KEYS = [
     *["time", "level", "msg", "host", "port", "path", "request_id", "status", "service", "target"],
@@ -162,6 +163,42 @@ def test_a_line_is_written_at_once(pipe: list[int]) -> None:
     assert read(pipe[0]) == "é".encode() * 5000 + b"\n"
 
 
+async def test_lines_of_one_turn_are_written_together(
+    pipe: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def write(fd: int, data: bytes) -> int:
+        sizes.append(len(data))
+        return real(fd, data)
+
+    real = os.write
+    monkeypatch.setattr(os, "write", write)
+    path = tmp_path / "log"
+    lines = numbered(40)
+    size = sum(len(line) + 1 for line in lines)
+    with path.open("wb") as file:
+        for fd in (pipe[1], file.fileno()):
+            writer = LineWriter(fd)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(writer.run)
+                for line in lines[:20]:
+                    writer.write(line)
+                assert not sizes, "nobody has had a turn yet"
+                await wait_all_tasks_blocked()
+                assert sum(sizes) == size / 2
+                assert max(sizes) <= 4096 or fd == file.fileno()
+                assert len(sizes) == (1 if fd == file.fileno() else -(-size // 2 // 4096))
+                nursery.cancel_scope.cancel()
+            sizes.clear()
+            for line in lines[20:]:
+                writer.write(line)
+            assert len(sizes) == 20
+            sizes.clear()
+        assert path.read_text().split() == lines
+    assert read(pipe[0]).decode().split() == lines
+
+
 async def test_a_full_pipe_never_blocks_and_keeps_order(pipe: list[int]) -> None:
     writer = LineWriter(pipe[1])
     lines = numbered(500)
@@ -189,6 +226,7 @@ async def test_what_does_not_fit_is_counted_and_reported(pipe: list[int]) -> Non
             got += read(pipe[0])
             await wait_all_tasks_blocked()
         writer.write("after")
+        await wait_all_tasks_blocked()
         got += read(pipe[0])
         nursery.cancel_scope.cancel()
     texts = got.decode().splitlines()
