@@ -218,6 +218,7 @@ class Lane:
         idle_age: Seconds until a kept connection to a target is too old.
         fresh_age: Likewise, for a request that must not be sent twice.
         gone_grace: Seconds that a client has which seems to have left.
+        connect_timeout: Seconds in which a connection to a target has to be open.
         drained: The reason of a request that a drain ends.
         client_gone: That of one whose client has left.
         client_stalled: That of one whose client takes nothing.
@@ -244,6 +245,7 @@ class Lane:
         idle_age: float,
         fresh_age: float,
         gone_grace: float,
+        connect_timeout: float,
         drained: Reason,
         client_gone: Reason,
         client_stalled: Reason,

@@ -39,6 +39,7 @@ cdef enum:
 
 cdef enum LaneState:
     IDLE  # between two requests
+    CONNECTING  # to a target, which is to get the request
     AWAITING  # a request was sent to a target, and no whole head has come back
     RELAYING  # the response is on its way to the client
     AWAY  # somebody else has the connection
@@ -246,7 +247,7 @@ cdef class Visit(Actor):
     cdef int _interrupt(self, reason) except -1:
         if self._state == IDLE:
             self._close(False)
-        elif self._state == AWAITING:
+        elif self._state == AWAITING or self._state == CONNECTING:
             self._give_away(b"", b"", reason)
         elif self._state == RELAYING:
             if reason is self._lane.drained:
@@ -264,7 +265,7 @@ cdef class Visit(Actor):
             if step == CLIENT_READY:
                 self._client_ready(events)
             elif step == TARGET_READY:
-                self._target_ready()
+                self._target_ready(events)
             elif step == TIME_OVER:
                 self._time_over()
             else:
@@ -289,7 +290,7 @@ cdef class Visit(Actor):
             return self._read_request()
         if events & EPOLLIN:
             self._stirred = True
-        if self._state == AWAITING:
+        if self._state == AWAITING or self._state == CONNECTING:
             if self._is_gone():
                 self._give_away(b"", b"", None)
         elif self._pending_size:
@@ -426,13 +427,33 @@ cdef class Visit(Actor):
             lane.fresh_age if head.method == POST_METHOD or head.method == PATCH_METHOD or body
             else lane.idle_age
         )
-        if self._upstream is None:
-            return self._give_away(b"", b"", None)
-        lane.metrics.reuse(plan.name)
-        return self._ask(head, body)
+        if self._upstream is not None:
+            lane.metrics.reuse(plan.name)
+        else:
+            self._upstream = target.connections.connect_nowait()
+            if self._upstream is None:
+                return self._give_away(b"", b"", None)
+            self._state = CONNECTING
+        self._link = self._upstream.link
+        if self._link is None:
+            self._link = self._upstream.link = Link(lane.readiness, self._upstream.stream)
+        self._link._visit = self
+        return self._ask(head, lane._input + head.size, body)
 
-    cdef int _ask(self, const Head *head, Py_ssize_t body) except -1:
-        """Send the request, which is in the lane's buffer."""
+    cdef int _connected(self, uint32_t events) except -1:
+        """Send the request, now that there is a connection, or leave it to a task to find one."""
+        cdef Head *head = &self._lane._head
+        if self._upstream.stream.connect_error_nowait():
+            return self._give_away(b"", b"", None)
+        if not events & EPOLLOUT:
+            return 0
+        _scan_request(head, _bytes_of(self._request), len(self._request))
+        return self._ask(
+            head, _bytes_of(self._request) + head.size, len(self._request) - head.size
+        )
+
+    cdef int _ask(self, const Head *head, const uint8_t *body, Py_ssize_t body_size) except -1:
+        """Send the request."""
         cdef Lane lane = self._lane
         cdef Output out
         cdef Route route
@@ -440,10 +461,6 @@ cdef class Visit(Actor):
         cdef msghdr message
         cdef Py_ssize_t sent, size
         cdef bytes target = lane._name_of(self._target)
-        self._link = self._upstream.link
-        if self._link is None:
-            self._link = self._upstream.link = Link(lane.readiness, self._upstream.stream)
-        self._link._visit = self
         _span_of(&route.client, self._client)
         _span_of(&route.scheme, lane._scheme)
         _span_of(&route.target, target)
@@ -460,13 +477,23 @@ cdef class Visit(Actor):
         assert not out.is_full
         parts[0].iov_base = lane._output
         parts[0].iov_len = out.at - lane._output
-        parts[1].iov_base = lane._input + head.size
-        parts[1].iov_len = body
+        parts[1].iov_base = <void *>body
+        parts[1].iov_len = body_size
         memset(&message, 0, sizeof(message))
         message.msg_iov = parts
-        message.msg_iovlen = 2 if body else 1
+        message.msg_iovlen = 2 if body_size else 1
         sent = sendmsg(self._link._fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-        size = parts[0].iov_len + body
+        size = parts[0].iov_len + body_size
+        if self._state == CONNECTING:
+            if sent < 0 and (errno == EAGAIN or errno == EINTR):
+                self._upstream.stream.watch(writes=True)
+                self._expect(min(self._plan._timeout, lane._connect_timeout))
+                return 0
+            if sent < 0:
+                return self._give_away(b"", b"", None)
+            self._state = AWAITING
+            self._expect(self._plan._timeout)
+            lane.metrics.connect(self._plan.name, ok=True)
         if sent == size:
             return 0
         if sent < 0 and errno != EAGAIN and errno != EINTR:
@@ -476,7 +503,9 @@ cdef class Visit(Actor):
 
     # --- the response -----------------------------------------------------------------------------
 
-    cdef int _target_ready(self) except -1:
+    cdef int _target_ready(self, uint32_t events) except -1:
+        if self._state == CONNECTING:
+            return self._connected(events)
         if self._state == AWAITING:
             return self._read_answer()
         if self._state == RELAYING and not self._pending_size:
@@ -797,6 +826,9 @@ cdef class Visit(Actor):
         upstream, self._upstream = self._upstream, None
         self._unlink()
         self._plan = None
+        if self._state == CONNECTING and upstream is not None:
+            upstream.stream.close()
+            upstream = None
         remaining = self._deadline - self._lane._now()
         self._go_away()
         target, self._target = self._target, None
@@ -836,7 +868,7 @@ cdef class Visit(Actor):
     cdef int _time_over(self) except -1:
         if self._state == IDLE:
             return self._close(False)
-        if self._state == AWAITING:
+        if self._state == AWAITING or self._state == CONNECTING:
             return self._give_away(b"", b"", None)
         if self._gone:
             return self._cut(self._lane.client_gone, self._lane.client_closed)
@@ -864,6 +896,7 @@ cdef class Lane:
     cdef Py_ssize_t _max_head_size
     cdef int _max_fields
     cdef readonly double idle_timeout, stall_timeout, idle_age, fresh_age, gone_grace
+    cdef double _connect_timeout
     cdef readonly object drained, client_gone, client_stalled, target_failed, broken
     cdef readonly int client_closed
     cdef bint _validates
@@ -903,6 +936,7 @@ cdef class Lane:
         double idle_age,
         double fresh_age,
         double gone_grace,
+        double connect_timeout,
         drained,
         client_gone,
         client_stalled,
@@ -928,6 +962,7 @@ cdef class Lane:
         self.idle_age = idle_age
         self.fresh_age = fresh_age
         self.gone_grace = gone_grace
+        self._connect_timeout = connect_timeout
         self.drained = drained
         self.client_gone = client_gone
         self.client_stalled = client_stalled

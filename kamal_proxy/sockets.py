@@ -469,14 +469,7 @@ async def connect(
     Raises:
         OSError: the connection was refused, or the network failed.
     """
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        # Before that the socket would count as hung up.
-        code = sock.connect_ex(address)
-        stream = poller.open_stream(sock)
-    except BaseException:
-        sock.close()
-        raise
+    stream, code = begin_nowait(poller, family, address)
     try:
         while code == errno.EINPROGRESS:
             await stream.wait_writable()
@@ -487,3 +480,25 @@ async def connect(
         stream.close()
         raise
     return stream
+
+
+def begin_nowait(
+    poller: Poller, family: socket.AddressFamily, address: tuple[object, ...] | str
+) -> tuple[SocketStream, int]:
+    """Begin to open a connection to one address.
+
+    Returns:
+        The stream, and the errno of connect(): 0 if it is open, EINPROGRESS if it is once it can be
+        written to.
+
+    Raises:
+        OSError: there is no room for another socket.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # Before that the socket would count as hung up.
+        code = sock.connect_ex(address)
+        return poller.open_stream(sock), code
+    except BaseException:
+        sock.close()
+        raise

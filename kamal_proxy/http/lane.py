@@ -17,7 +17,7 @@ from kamal_proxy.http.begun import Begun
 from kamal_proxy.http.connection import ClientConnection
 from kamal_proxy.http.downstream import GONE_GRACE
 from kamal_proxy.http.reasons import CLIENT_CLOSED_REQUEST, Reason
-from kamal_proxy.http.upstream import FRESH_AGE, MAX_IDLE_AGE
+from kamal_proxy.http.upstream import CONNECT_TIMEOUT, FRESH_AGE, MAX_IDLE_AGE
 from kamal_proxy.logs import second_text, text
 from kamal_proxy.sockets import drop
 
@@ -62,6 +62,7 @@ class Lane(_fastpath.Lane):
             idle_age=MAX_IDLE_AGE,
             fresh_age=FRESH_AGE,
             gone_grace=GONE_GRACE,
+            connect_timeout=CONNECT_TIMEOUT,
             drained=Reason.DRAINED,
             client_gone=Reason.CLIENT_GONE,
             client_stalled=Reason.CLIENT_STALLED,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kamal_proxy._fastpath import Link
     from kamal_proxy.sockets import Poller, SocketStream
 
-MAX_IDLE = 100  # connections per target
+MAX_IDLE = 100  # connections per target that were busy more than FRESH_AGE ago
 MAX_IDLE_AGE = 30.0  # seconds; application servers commonly close theirs after 5 to 75
 # A target may close an idle connection just as a request is sent on it. A request that must not be
 # sent twice only uses connections that were busy this many seconds ago.
@@ -107,6 +107,20 @@ class Dialer:
             lookup.set()
         self._resolved_at = trio.current_time()
         return True
+
+    def begin_nowait(self) -> SocketStream | None:
+        """Begin to open a connection to the first address, if that is known.
+
+        Returns:
+            A stream that is open once it can be written to; None if that was not possible, which
+            :meth:`connect` may know a way round.
+        """
+        if trio.current_time() - self._resolved_at >= _RESOLVE_AGE or not self._addresses:
+            return None
+        try:
+            return sockets.begin_nowait(self._poller, *self._addresses[0])[0]
+        except OSError:
+            return None
 
     async def _connect_any(self) -> tuple[SocketStream | None, str]:
         reason = "no address"
@@ -231,7 +245,14 @@ class UpstreamPool:
         Raises:
             ConnectError: the name can't be resolved, or every address refused or timed out.
         """
-        stream = await self._dialer.connect()
+        return self._new(await self._dialer.connect())
+
+    def connect_nowait(self) -> UpstreamConnection | None:
+        """Begin to open a new connection; see :meth:`Dialer.begin_nowait`."""
+        stream = self._dialer.begin_nowait()
+        return None if stream is None else self._new(stream)
+
+    def _new(self, stream: SocketStream) -> UpstreamConnection:
         return UpstreamConnection(stream, ClientCodec(self._max_head_size), self)
 
     def take_back(self, connection: UpstreamConnection) -> None:
@@ -251,9 +272,15 @@ class UpstreamPool:
         self.trim()
 
     def trim(self) -> None:
-        """Close the idle connections that are too many or too old."""
-        oldest = trio.current_time() - MAX_IDLE_AGE
-        while self._idle and (len(self._idle) > MAX_IDLE or self._idle[0].idle_since < oldest):
+        """Close the idle connections that are too old, or too many for longer than a moment.
+
+        When many requests end at once, their connections are wanted again at once.
+        """
+        now = trio.current_time()
+        while self._idle:
+            age = now - self._idle[0].idle_since
+            if age <= (MAX_IDLE_AGE if len(self._idle) <= MAX_IDLE else FRESH_AGE):
+                break
             self._idle.popleft().stream.close()
 
     def close(self) -> None:
