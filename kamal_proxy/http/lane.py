@@ -19,6 +19,7 @@ from kamal_proxy.http.downstream import GONE_GRACE
 from kamal_proxy.http.reasons import CLIENT_CLOSED_REQUEST, Reason
 from kamal_proxy.http.upstream import CONNECT_TIMEOUT, FRESH_AGE, MAX_IDLE_AGE
 from kamal_proxy.logs import second_text, text
+from kamal_proxy.matching import host_name
 from kamal_proxy.sockets import drop
 
 if TYPE_CHECKING:
@@ -132,9 +133,10 @@ class Lane(_fastpath.Lane):
 
         Args:
             table: The routing table of the moment.
-            host: Host name in lower case, without port.
+            host: Host as the client wrote it, without port.
         """
-        return tuple(self._plan(service, prefix, host) for prefix, service in table.bound(host))
+        name = host_name(host)
+        return tuple(self._plan(service, prefix, name) for prefix, service in table.bound(name))
 
     def _plan(self, service: Service, prefix: bytes, host: str) -> Plan:
         target_options = service.target_options
