@@ -227,6 +227,35 @@ class Lane:
         broken: What streams raise when their connection is broken.
         second_text: Writes a second since 1970 as the log does.
     """
+class Passage(Actor):
+    """Bytes that pass from one socket to another; see _passage.pxi for the design.
+
+    It has the events of the source, and passes on what the source itself needs of them. While it
+    carries, nobody else may read from the source or write to the sink.
+
+    Args:
+        readiness: Who tells of events of both.
+        source: Where the bytes come from, and who is woken when something is left over: a
+            ``sockets.SocketStream``.
+        sink: Where they go, another one.
+        frames: What follows the bytes that were sent, if they are a WebSocket's.
+        clock: What says when, if that is wanted; called for each portion.
+
+    Raises:
+        trio.ClosedResourceError: one of the two was closed.
+
+    Attributes:
+        source: The source.
+        carries: Whether bytes pass. It does not any more once something was left over, until the
+            next :meth:`begin`, and once one of the two was closed.
+        sent: How many bytes have passed.
+        last: When the latest have, in the clock's terms; 0 if none have, or there is no clock.
+    """
+
+    source: Any
+    carries: bool
+    sent: int
+    last: float
 
     def __init__(
         self,
@@ -313,6 +342,38 @@ def rewrite_response(
         body (-1 for a chunked one), and whether the target ends its connection. None if the head is
         not whole, or not ordinary: also if the body would end with the connection.
     """
+        source: Any,
+        sink: Any,
+        frames: FrameTracker | None,
+        clock: Callable[[], float] | None,
+    ) -> None: ...
+    def begin(self) -> bool:
+        """Have the events from now on, and carry what they tell of; False once it was stopped.
+
+        What came before has no event: :meth:`carry` has to be called next.
+
+        Raises:
+            trio.ClosedResourceError: the source was closed.
+        """
+
+    def carry(self) -> bool:
+        """Carry what has come already, up to a limit.
+
+        Returns:
+            Whether there may be more; otherwise the events tell.
+        """
+
+    def take(self) -> bytes | None:
+        """Return what was left over and is to be passed on first: bytes, or ``b""`` at the end.
+
+        None if nothing was.
+
+        Raises:
+            OSError: reading from the source failed.
+        """
+
+    def stop(self) -> None:
+        """Give the events back to the source and carry nothing any more; wake who waits for it."""
 
 class FrameTracker:
     """Follows the frames of one direction of a WebSocket connection (RFC 6455 5.2).

@@ -343,6 +343,7 @@ def fnv1a_32(data):
 include "_system.pxi"
 include "_readiness.pxi"
 include "_heads.pxi"
+include "_passage.pxi"
 include "_media.pxi"
 include "_sessions.pxi"
 include "_calls.pxi"

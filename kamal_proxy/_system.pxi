@@ -110,6 +110,7 @@ cdef extern from * nogil:
     int setsockopt(int, int, int, const void *, socklen_t)
     int getsockopt(int, int, int, void *, socklen_t *)
     int getsockname(int, sockaddr *, socklen_t *)
+    ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
     ssize_t sendmsg(int, const msghdr *, int)
     ssize_t recvmsg(int, msghdr *, int)
@@ -135,7 +136,7 @@ cdef extern from * nogil:
     int epoll_wait(int, epoll_event *, int, int)
     int epoll_wait_precisely(int, epoll_event *, int, const timespec *)
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-    uint32_t EPOLLIN, EPOLLERR
+    uint32_t EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLHUP, EPOLLERR
     struct timespec:
         long tv_sec
         long tv_nsec

@@ -314,6 +314,11 @@ class SocketStream(Reader):
         # Between the end of a connection and what came before it there is no event.
         return size < READ_SIZE and not self._hung_up
 
+    @property
+    def poller(self) -> Poller:
+        """Who tells it of events."""
+        return self._poller
+
     def tell(self, pollable: Pollable) -> None:
         """Let somebody else have the events, who passes them on to :meth:`ready`."""
         self._poller.hand_over(self.fileno(), pollable)

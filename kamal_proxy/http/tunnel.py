@@ -3,6 +3,9 @@
 Of a WebSocket, frames are followed, not read: a drain ends it with a Close frame 1001 where one
 frame has ended and the next has not begun, which compression and fragments do not mind. Any other
 protocol is passed on blindly and lives until the deadline of the drain.
+
+Between two plain sockets the bytes pass in compiled code (``passage``), and a direction's task
+sleeps until there is something to decide.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from kamal_proxy._fastpath import FrameTracker
+from kamal_proxy.http.passage import open_passage
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.http.websocket import GOING_AWAY, close_frame, masked_close_frame
 from kamal_proxy.sockets import READ_SIZE
@@ -63,30 +67,49 @@ class _Direction:
 
     __slots__ = (
         "_frame",
+        "_last",
         "_over",
+        "_passage",
         "_said",
         "_sending",
+        "_sent",
         "_sink",
         "_stall_timeout",
-        "last",
-        "sent",
         "source",
         "tracker",
     )
 
     def __init__(
-        self, source: TunnelEnd, sink: TunnelEnd, stall_timeout: float, *, framed: bool
+        self,
+        source: TunnelEnd,
+        sink: TunnelEnd,
+        stall_timeout: float,
+        *,
+        framed: bool,
+        timed: bool,
     ) -> None:
         self.source = source
         self._sink = sink
         self._stall_timeout = stall_timeout
         self.tracker = FrameTracker() if framed else None
+        clock = trio.current_time if timed else None
+        self._passage = open_passage(source, sink, self.tracker, clock)
         self._frame = b""  # to be sent at the next boundary
         self._over = False  # it was: nothing may follow it (RFC 6455 5.5.1)
         self._said = trio.Event()
         self._sending = False
-        self.sent = 0
-        self.last = trio.current_time()  # when it carried something
+        self._sent = 0  # besides what has passed by itself
+        self._last = trio.current_time()
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the sink has taken."""
+        return self._sent + (self._passage.sent if self._passage else 0)
+
+    @property
+    def last(self) -> float:
+        """When it carried something, on Trio's clock; only known for one that is ``timed``."""
+        return max(self._last, self._passage.last if self._passage else 0.0)
 
     async def run(self, data: bytes) -> None:
         """Pass everything on, beginning with ``data``, until an end.
@@ -98,18 +121,22 @@ class _Direction:
             trio.BrokenResourceError: the source broke its connection.
             trio.TooSlowError: the sink took nothing for too long.
         """
-        while True:
-            if data:
-                self.last = trio.current_time()
-                try:
-                    await self._pass_on(data)
-                except trio.BrokenResourceError:
+        try:
+            while True:
+                if data:
+                    self._last = trio.current_time()
+                    try:
+                        await self._pass_on(data)
+                    except trio.BrokenResourceError:
+                        return
+                data = await (self._passage or self.source).receive(READ_SIZE)
+                if not data:
+                    with contextlib.suppress(trio.BrokenResourceError):
+                        self._sink.shutdown_write()
                     return
-            data = await self.source.receive(READ_SIZE)
-            if not data:
-                with contextlib.suppress(trio.BrokenResourceError):
-                    self._sink.shutdown_write()
-                return
+        finally:
+            if self._passage is not None:
+                self._passage.stop()
 
     async def say_last(self, frame: bytes) -> None:
         """Send a frame at the next boundary, and nothing after it.
@@ -124,6 +151,8 @@ class _Direction:
         if self.tracker.closing:
             return
         self._frame = frame
+        if self._passage is not None:
+            self._passage.stop()
         if not self._sending:
             await self._say_if_possible()
         await self._said.wait()
@@ -156,7 +185,7 @@ class _Direction:
         rest = memoryview(data)
         while True:
             count = self._sink.send_nowait(rest)
-            self.sent += count
+            self._sent += count
             rest = rest[count:]
             if not rest:
                 return
@@ -204,8 +233,9 @@ class Tunnel:
         self._client = client
         self._target = target
         self._idle_timeout = idle_timeout if websocket else 0.0
-        self._from_client = _Direction(client, target, stall_timeout, framed=websocket)
-        self._to_client = _Direction(target, client, stall_timeout, framed=websocket)
+        timed = self._idle_timeout > 0
+        self._from_client = _Direction(client, target, stall_timeout, framed=websocket, timed=timed)
+        self._to_client = _Direction(target, client, stall_timeout, framed=websocket, timed=timed)
         self._nursery: trio.Nursery | None = None
         self.reason: Reason | None = None
         self.clean = False

@@ -1,10 +1,14 @@
-"""A tunnel over socket pairs: bytes, ends, and the closing of WebSockets, with a mock clock."""
+"""A tunnel over socket pairs: bytes, ends, and the closing of WebSockets, with a mock clock.
+
+Everything is tested twice: with bytes that pass by themselves, and through Python.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 import socket
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -22,6 +26,7 @@ from wsproto.extensions import PerMessageDeflate
 from kamal_proxy.deployment import Drain
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.http.tunnel import CLOSE_TIMEOUT, Tunnel
+from kamal_proxy.sockets import Poller, SocketStream
 from tests.deploying import run_with_every_cancellation
 from tests.fuzzing import at_least
 from tests.http.streams import read_all
@@ -39,12 +44,42 @@ from tests.websockets import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 WINDOW = 30.0
 ANSWER = frame(CLOSE, b"\x03\xe9", masked=True)
 MEGABYTE = 1024 * 1024
 TIME_LIMIT = 1e6  # seconds of the mock clock: what waits for ever has failed
+
+
+class OtherStream(SocketStream):
+    """Stands for all ends that are more than a socket: their bytes pass through Python."""
+
+    __slots__ = ()
+
+
+STREAM: type[SocketStream] = SocketStream
+
+
+@pytest.fixture(params=[SocketStream, OtherStream], scope="module", autouse=True)
+def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    with patch.object(sys.modules[__name__], "STREAM", request.param):
+        yield
+
+
+def open_ends(
+    poller: Poller,
+) -> tuple[SocketStream, socket.socket, SocketStream, socket.socket]:
+    """Return the streams of a client and a target, each followed by its far end."""
+    ends: list[tuple[SocketStream, socket.socket]] = []
+    for _ in range(2):
+        near, far = socket.socketpair()
+        stream = poller.open_stream(near)
+        if STREAM is OtherStream:
+            stream = OtherStream(*stream.release())
+            stream.tell(stream)
+        ends.append((stream, far))
+    return *ends[0], *ends[1]
 
 
 @attrs.define(eq=False)
@@ -88,8 +123,8 @@ async def open_tunnel(
 ) -> AsyncIterator[Running]:
     """Run a tunnel; its owner closes the streams after it, as an exchange does."""
     async with running_poller() as poller, trio.open_nursery() as nursery:
-        (client, client_end), (target, target_end) = socket.socketpair(), socket.socketpair()
-        streams = poller.open_stream(client), poller.open_stream(target)
+        client, client_end, target, target_end = open_ends(poller)
+        streams = client, target
         tunnel = Tunnel(
             *streams, websocket=websocket, stall_timeout=stall_timeout, idle_timeout=idle_timeout
         )
@@ -191,6 +226,77 @@ def test_any_bytes_pass_as_they_are(
 
 
 @pytest.mark.parametrize("websocket", [True, False])
+async def test_much_passes_both_ways_at_once(autojump_clock: MockClock, websocket: bool) -> None:
+    """In pieces of any size, to readers that are slow at times: in order, and nothing is lost."""
+    chance = random.Random(5)
+    data = [frame(BINARY, chance.randbytes(3 * MEGABYTE)) for _ in range(2)]
+    got = [b"", b""]
+
+    async def send(stream: trio.SocketStream, data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            size = chance.choice([1, 64, 5000, 200_000])
+            await stream.send_all(data[at : at + size])
+            at += size
+        await stream.send_eof()
+
+    async def read(stream: trio.SocketStream, number: int) -> None:
+        while part := await stream.receive_some(chance.choice([100, 5000, 200_000])):
+            got[number] += part
+            if chance.random() < 0.2:
+                await trio.sleep(0.001)
+
+    async with open_tunnel(websocket=websocket) as running:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, running.client, data[0])
+            nursery.start_soon(send, running.target, data[1])
+            nursery.start_soon(read, running.target, 0)
+            nursery.start_soon(read, running.client, 1)
+        await running.ended.wait()
+        assert got == data
+        assert running.tunnel.sent == len(data[1])
+
+
+class Wakings(trio.abc.Instrument):
+    """Counts the steps of a tunnel's tasks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += "Tunnel._run" in task.name
+
+
+async def test_between_plain_sockets_messages_wake_no_task(autojump_clock: MockClock) -> None:
+    async with open_tunnel() as running:
+        wakings = Wakings()
+        trio.lowlevel.add_instrument(wakings)
+        for _ in range(10):
+            await running.client.send_all(frame(TEXT, b"ping", masked=True))
+            await receive(running.target, 10)
+            await running.target.send_all(frame(TEXT, b"pong"))
+            await receive(running.client, 6)
+        trio.lowlevel.remove_instrument(wakings)
+        assert (wakings.count == 0) is (STREAM is SocketStream)
+        assert running.tunnel.sent == 60
+
+
+async def test_a_stream_that_somebody_else_closes(autojump_clock: MockClock) -> None:
+    async with running_poller() as poller:
+        for number in range(2):
+            client, client_end, target, target_end = open_ends(poller)
+            tunnel = Tunnel(client, target, websocket=True, stall_timeout=5, idle_timeout=0)
+            with client_end, target_end:
+                with pytest.RaisesGroup(trio.ClosedResourceError, flatten_subgroups=True):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(tunnel.run, b"", b"", None)
+                        await wait_all_tasks_blocked()
+                        (client, target)[number].close()
+                client.close()
+                target.close()
+
+
+@pytest.mark.parametrize("websocket", [True, False])
 @pytest.mark.parametrize("slow", ["client", "target"])
 async def test_a_side_that_does_not_read_stops_the_other_one(
     autojump_clock: MockClock, websocket: bool, slow: str
@@ -287,6 +393,18 @@ async def test_a_side_that_breaks_its_connection_ends_the_other(
         await wait_all_tasks_blocked()
         await early.aclose()  # which resets a connection that has unread bytes
         assert await read_all(late) == b""
+        await running.ended.wait()
+
+        assert (running.ended_at, running.tunnel.reason) == (0, None)
+
+
+@pytest.mark.parametrize("websocket", [True, False])
+async def test_both_sides_break_at_once(autojump_clock: MockClock, websocket: bool) -> None:
+    async with open_tunnel(websocket=websocket, from_client=b"a", from_target=b"b") as running:
+        await wait_all_tasks_blocked()
+        await running.client.send_all(b"on its way")
+        await running.client.aclose()  # with something unread
+        await running.target.aclose()
         await running.ended.wait()
 
         assert (running.ended_at, running.tunnel.reason) == (0, None)
@@ -610,6 +728,32 @@ def test_wherever_the_moment_falls_the_close_frame_is_at_a_boundary(
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
+@pytest.mark.parametrize("reads", [3, 40, 150])
+async def test_a_close_frame_within_a_flood_is_at_a_boundary(
+    autojump_clock: MockClock, reads: int
+) -> None:
+    """Whether the client reads as fast as the target sends, or the tunnel has to wait for it."""
+    chance = random.Random(reads)
+    sent: list[bytes] = []
+    got = b""
+
+    async def send(running: Running) -> None:
+        while running.tunnel.reason is None:
+            sent.append(frame(BINARY, chance.randbytes(chance.choice([5, 3000, 150_000]))))
+            await running.target.send_all(sent[-1])
+
+    async with open_tunnel() as running, trio.open_nursery() as nursery:
+        nursery.start_soon(send, running)
+        for _ in range(reads):
+            got += await running.client.receive_some(chance.choice([1000, 100_000]))
+        running.drain_at_once()
+        got += await read_all(running.client)
+
+    frames = read_frames(got)
+    assert got == b"".join(sent[: len(frames) - 1]) + GOING_AWAY
+    assert len(frames) > 2
+
+
 async def test_a_client_that_takes_nothing_is_cut_in_time(autojump_clock: MockClock) -> None:
     async with open_tunnel(stall_timeout=60) as running, trio.open_nursery() as nursery:
 
@@ -725,11 +869,8 @@ def test_cancellation_at_every_step() -> None:
         async def main() -> None:
             nonlocal reached
             async with running_poller() as poller:
-                (client, client_end), (target, target_end) = (
-                    socket.socketpair(),
-                    socket.socketpair(),
-                )
-                streams = poller.open_stream(client), poller.open_stream(target)
+                client, client_end, target, target_end = open_ends(poller)
+                streams = client, target
                 tunnel = Tunnel(*streams, websocket=True, stall_timeout=5, idle_timeout=20)
                 with client_end, target_end, trio.CancelScope() as scope:
                     steps = Steps(at, scope.cancel)
