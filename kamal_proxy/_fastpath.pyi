@@ -97,7 +97,8 @@ class Readiness:
         """Tell of one batch of events, without waiting for any.
 
         Returns:
-            Whether that was worth repeating at once: there were events, and only Actors'.
+            Whether that was worth repeating at once: there were events, only Actors', and
+            none of these is in line.
         """
 
 class Plan:

@@ -72,13 +72,19 @@ cdef class Readiness:
             self._line.append(actor)
 
     def tell(self):
+        self.batch += 1
+        self.is_telling = True
+        try:
+            return self._tell()
+        finally:
+            self.is_telling = False
+
+    cdef bint _tell(self) except -1:
         cdef Actor actor
         cdef list line = self._line
         cdef int count, i
         cdef bint is_own
         is_own = len(line) > 0
-        self.batch += 1
-        self.is_telling = True
         if is_own:
             self._line = []
             for actor in line:
@@ -95,8 +101,8 @@ cdef class Readiness:
                 elif pollable is not None:
                     is_own = False
                     pollable.ready(self._events[i].events)
-        self.is_telling = False
-        return is_own
+        # Whoever is in line has much to do: what tasks have to do comes first.
+        return is_own and not len(self._line)
 
 
 cdef int _raise_errno() except -1:
