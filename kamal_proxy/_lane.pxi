@@ -24,7 +24,6 @@ cdef extern from * nogil:
     ssize_t getrandom(void *, size_t, unsigned int)
     ssize_t recv(int, void *, size_t, int)
     int CLOCK_REALTIME
-    uint32_t EPOLLOUT, EPOLLRDHUP, EPOLLHUP
 
 cdef enum:
     LANE_ROOM = 65536  # bytes read at once
@@ -32,7 +31,6 @@ cdef enum:
     LANE_MAX_HEAD = 8192  # bytes; larger heads are for tasks
     # A log line has all of two heads, and parts of it twice; a byte can become three.
     LANE_OUTPUT = 131072
-    READS_PER_TURN = 8
     MAX_PLANS = 1000
     RANDOM_ROOM = 4096
     ID_SIZE = 36

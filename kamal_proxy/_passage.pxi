@@ -10,7 +10,6 @@
 
 cdef enum:
     PASSING = 65536
-    READS_PER_TURN = 4
 
 # Empty between two calls; the GIL is held as long as anything is in it. To release it for a copy of
 # 64 KiB, which takes 10 us, would gain other threads nothing: they wait for milliseconds anyway.

@@ -7,6 +7,7 @@
 
 cdef enum:
     EVENTS_PER_BATCH = 64
+    READS_PER_TURN = 4  # of an actor; then it gets in line
 
 
 cdef class Actor:
