@@ -90,6 +90,24 @@ def need(program: str, package: str) -> str:
     return path
 
 
+def compiled(source: Path, folder: Path) -> Path:
+    """Compile a C program and return its path.
+
+    Args:
+        source: Its only file.
+        folder: Where it is put.
+
+    Raises:
+        BenchmarkError: there is no compiler, or it failed.
+    """
+    program = folder / f"compiled-{source.stem}"
+    command = [need("gcc", "gcc libc6-dev"), "-O2", "-Wall", "-Wextra", "-o", str(program)]
+    done = subprocess.run([*command, str(source)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise BenchmarkError(f"{source.name} does not compile:\n{done.stderr.strip()}")
+    return program
+
+
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:

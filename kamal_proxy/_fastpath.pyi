@@ -228,35 +228,6 @@ class Lane:
         broken: What streams raise when their connection is broken.
         second_text: Writes a second since 1970 as the log does.
     """
-class Passage(Actor):
-    """Bytes that pass from one socket to another; see _passage.pxi for the design.
-
-    It has the events of the source, and passes on what the source itself needs of them. While it
-    carries, nobody else may read from the source or write to the sink.
-
-    Args:
-        readiness: Who tells of events of both.
-        source: Where the bytes come from, and who is woken when something is left over: a
-            ``sockets.SocketStream``.
-        sink: Where they go, another one.
-        frames: What follows the bytes that were sent, if they are a WebSocket's.
-        clock: What says when, if that is wanted; called for each portion.
-
-    Raises:
-        trio.ClosedResourceError: one of the two was closed.
-
-    Attributes:
-        source: The source.
-        carries: Whether bytes pass. It does not any more once something was left over, until the
-            next :meth:`begin`, and once one of the two was closed.
-        sent: How many bytes have passed.
-        last: When the latest have, in the clock's terms; 0 if none have, or there is no clock.
-    """
-
-    source: Any
-    carries: bool
-    sent: int
-    last: float
 
     def __init__(
         self,
@@ -343,6 +314,40 @@ def rewrite_response(
         body (-1 for a chunked one), and whether the target ends its connection. None if the head is
         not whole, or not ordinary: also if the body would end with the connection.
     """
+
+class Passage(Actor):
+    """Bytes that pass from one socket to another; see _passage.pxi for the design.
+
+    It has the events of the source, and passes on what the source itself needs of them. While it
+    carries, nobody else may read from the source or write to the sink.
+
+    Args:
+        readiness: Who tells of events of both.
+        source: Where the bytes come from, and who is woken when something is left over: a
+            ``sockets.SocketStream``.
+        sink: Where they go, another one.
+        frames: What follows the bytes that were sent, if they are a WebSocket's.
+        clock: What says when, if that is wanted; called for each portion.
+
+    Raises:
+        trio.ClosedResourceError: one of the two was closed.
+
+    Attributes:
+        source: The source.
+        carries: Whether bytes pass. It does not any more once something was left over, until the
+            next :meth:`begin`, and once one of the two was closed.
+        sent: How many bytes have passed.
+        last: When the latest have, in the clock's terms; 0 if none have, or there is no clock.
+    """
+
+    source: Any
+    carries: bool
+    sent: int
+    last: float
+
+    def __init__(
+        self,
+        readiness: Readiness,
         source: Any,
         sink: Any,
         frames: FrameTracker | None,

@@ -37,14 +37,15 @@ if TYPE_CHECKING:
 OURS = "kamal_proxy"
 IDLE = "idle"
 _WIDTH = 130  # columns of a table that no terminal shows
-PROGRAMS = ("nginx", "haproxy", "caddy", OURS)
+BARE = "bare"
+PROGRAMS = ("nginx", "haproxy", "caddy", BARE, OURS)
 
 
 def measure(scenario: Scenario, program: Running, seconds: int) -> Round:
     """Put one load on one program."""
     before = program.cpu_seconds()
     outcome = scenario.run(program, seconds)
-    used = program.cpu_seconds() - before
+    used = program.cpu_seconds() - (before if outcome.began is None else outcome.began)
     rss = program.rss_bytes()
     os.truncate(program.log, 0)
     return Round(outcome, used / outcome.units, rss)
@@ -103,6 +104,7 @@ def start(options: argparse.Namespace, folder: Path, stack: ExitStack) -> list[R
         "nginx": contenders.nginx,
         "haproxy": contenders.haproxy,
         "caddy": contenders.caddy,
+        BARE: contenders.bare,
     }
     for name, command in [(OURS, shlex.split(options.proxy)), *options.other]:
         known[name] = partial(contenders.kamal_proxy, name, command)
@@ -121,13 +123,16 @@ def benchmark(options: argparse.Namespace, folder: Path, console: Console) -> bo
         programs = start(options, folder, stack)
         if IDLE in options.only:  # first, so that no memory that loads have left is used again
             for program in programs:
+                if program.name == BARE:
+                    continue
                 idle[program.name] = measure_idle(program, options.idle_connections, beside=100)
         for scenario in SCENARIOS:
             if scenario.name not in options.only:
                 continue
-            found = [Measured(scenario, program.name, []) for program in programs]
+            able = [each for each in programs if scenario.is_bare or each.name != BARE]
+            found = [Measured(scenario, program.name, []) for program in able]
             for number in range(options.rounds):
-                for program, each in zip(programs, found, strict=True):
+                for program, each in zip(able, found, strict=True):
                     one = measure(scenario, program, options.seconds)
                     each.rounds.append(one)
                     console.print(

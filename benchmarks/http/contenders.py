@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from benchmarks.processes import BenchmarkError, Running, free_port, need, running
+from benchmarks.processes import BenchmarkError, Running, compiled, free_port, need, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -259,6 +259,16 @@ def caddy(folder: Path, site: Site) -> Iterator[Running]:
     environment = {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
     with running("caddy", command, port, folder, environment) as program:
         yield attrs.evolve(program, log=folder / "access.log", tls_port=tls_port)
+
+
+@contextmanager
+def bare(folder: Path, site: Site) -> Iterator[Running]:
+    """Run a relay of connections to the target for WebSockets, which does nothing else."""
+    port = free_port()
+    folder.mkdir()
+    program = compiled(Path(__file__).with_name("bare.c"), folder)
+    with running("bare", [str(program), str(port), str(site.sockets)], port, folder) as relay:
+        yield relay
 
 
 @contextmanager

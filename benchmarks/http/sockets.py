@@ -22,7 +22,7 @@ import attrs
 from benchmarks.processes import BenchmarkError, Running, free_port, running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 #: Bytes of each message.
@@ -69,8 +69,17 @@ def target(folder: Path) -> Iterator[Running]:
         yield program
 
 
-def load(port: int, host: str, seconds: float, connections: int) -> Echoes:
+def load(
+    port: int, host: str, seconds: float, connections: int, opened: Callable[[], object]
+) -> Echoes:
     """Let many clients send a message, wait for its echo, and send the next.
+
+    Args:
+        port: Port of the program.
+        host: Host to ask for.
+        seconds: How long.
+        connections: How many clients.
+        opened: Called when all are connected.
 
     Raises:
         BenchmarkError: a handshake fails.
@@ -79,6 +88,7 @@ def load(port: int, host: str, seconds: float, connections: int) -> Echoes:
     lost = 0
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
         clients = [_open(port, host, stack) for _ in range(connections)]
+        opened()
         begun = time.perf_counter()
         end = begun + seconds
         for client in clients:

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING
 import attrs
 from rich.console import Console
 
-from benchmarks.processes import BenchmarkError, Running, family, need
+from benchmarks.processes import BenchmarkError, Running, compiled, family, need
 from benchmarks.udp import calls, contenders, network, shapes
 from benchmarks.udp.call_tables import calls_table, weight_table
-from benchmarks.udp.load import Load, compiled, running_load
+from benchmarks.udp.load import SOURCES, Load, running_load
 from benchmarks.udp.measuring import DATAGRAMS, TALKERS, cpu_seconds, direct, sample, stand
 from benchmarks.udp.media import RELAY, running_media
 from benchmarks.udp.network import Network, on_core
@@ -142,7 +142,7 @@ class Stage:
         if name == NGINX:
             started = contenders.nginx(folder, target, most, self.place.descriptors)
         else:
-            started = contenders.bare(compiled(BARE, self.folder), folder, target)
+            started = contenders.bare(compiled(SOURCES / f"{BARE}.c", self.folder), folder, target)
         return on_core(self.place.relay_cpu, started)
 
     def kamal_proxy(self, name: str, sessions: int) -> AbstractContextManager[Running]:
@@ -159,7 +159,7 @@ def benchmark(options: argparse.Namespace, console: Console, folder: Path) -> bo
     wrong = 0
     if options.seconds or COMPARE in options.parts or STAND in options.parts:
         ports = network.free_port(), network.free_port()
-        program = compiled("load", folder)
+        program = compiled(SOURCES / "load.c", folder)
         with on_core(place.load_cpu, running_load(program, *ports, spin=place.may_spin)) as load:
             stage = Stage(place, load, folder, proxy)
             if options.seconds:
@@ -212,7 +212,7 @@ def through_ranges(
     ports = range(first, first + count)
     with ExitStack() as stack:
         server = running_media(
-            compiled("media", folder), ports, network.free_port(), spin=place.may_spin
+            compiled(SOURCES / "media.c", folder), ports, network.free_port(), spin=place.may_spin
         )
         media = stack.enter_context(on_core(place.load_cpu, server))
         relay = contenders.empty_proxy(proxy, folder / CALLS, f"--bind={RELAY}")

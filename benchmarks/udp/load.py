@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from benchmarks.processes import BenchmarkError, need
+from benchmarks.processes import BenchmarkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,22 +110,6 @@ def _report(port: int, line: str) -> Report:
             f" {read['requests']} requests"
         )
     return Report(**{field.name: read[field.name] for field in attrs.fields(Report)})
-
-
-def compiled(name: str, folder: Path) -> Path:
-    """Compile one of the C programs here and return its path.
-
-    Raises:
-        BenchmarkError: there is no compiler, or it failed.
-    """
-    program = folder / f"compiled-{name}"
-    command = [need("gcc", "gcc libc6-dev"), "-O2", "-Wall", "-Wextra", "-o", str(program)]
-    done = subprocess.run(
-        [*command, str(SOURCES / f"{name}.c")], check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise BenchmarkError(f"{name}.c does not compile:\n{done.stderr.strip()}")
-    return program
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.processes import BenchmarkError, Running, family, need, running
+from benchmarks.processes import BenchmarkError, Running, compiled, family, need, running
 from benchmarks.udp.calls import FEW, OTHER_PORTS, ways_of
-from benchmarks.udp.load import Load, compiled, running_load
+from benchmarks.udp.load import SOURCES, Load, running_load
 from benchmarks.udp.media import Media, running_media
 from benchmarks.udp.network import free_port, free_range
 from benchmarks.udp.shapes import RTP_BYTES, Shape, shape
@@ -69,7 +69,7 @@ def test_cpu_and_memory_count_the_children_too(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
-    program = compiled("load", tmp_path_factory.mktemp("load"))
+    program = compiled(SOURCES / "load.c", tmp_path_factory.mktemp("load"))
     with running_load(program, free_port(), free_port(), spin=False) as started:
         yield started
 
@@ -230,7 +230,7 @@ def test_a_udp_shape_that_cannot_be_measured_is_refused(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Media]:
-    program = compiled("media", tmp_path_factory.mktemp("media"))
+    program = compiled(SOURCES / "media.c", tmp_path_factory.mktemp("media"))
     served = free_port()
     with running_media(program, range(served, served + 1), free_port(), spin=False) as started:
         yield started

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.http import scenarios, sockets, wrk
+from benchmarks.http import contenders, scenarios, sockets, wrk
 from benchmarks.http.__main__ import names, other_program
-from benchmarks.http.contenders import HOST
+from benchmarks.http.contenders import HOST, Site
 from benchmarks.http.idle import answers, complete
 from benchmarks.http.scenarios import SCENARIOS, Outcome
 from benchmarks.http.tables import Measured, Round, plot
@@ -106,9 +106,14 @@ def test_a_load_without_one_success_stops_the_benchmark(
 
 
 def test_messages_are_echoed(tmp_path: Path) -> None:
-    with sockets.target(tmp_path) as target:
-        echoes = sockets.load(target.port, HOST, 0.3, 5)
+    opened: list[bool] = []
+    with (
+        sockets.target(tmp_path) as target,
+        contenders.bare(tmp_path / "bare", Site(0, target.port, tmp_path, tmp_path)) as relay,
+    ):
+        echoes = sockets.load(relay.port, HOST, 0.3, 5, lambda: opened.append(True))
 
+    assert opened
     assert echoes.messages >= 200
     assert 0 < echoes.median <= echoes.p99
     assert echoes.lost == 0
@@ -126,7 +131,7 @@ def test_what_is_no_web_socket_stops_the_benchmark() -> None:
         thread = threading.Thread(target=refuse)
         thread.start()
         with pytest.raises(BenchmarkError, match=r"no WebSocket: b'HTTP/1\.1 404"):
-            sockets.load(listener.getsockname()[1], HOST, 1, 1)
+            sockets.load(listener.getsockname()[1], HOST, 1, 1, pytest.fail)
         thread.join()
 
 
