@@ -6,6 +6,7 @@ that was replaced under the same name has another address.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -115,12 +116,16 @@ class Dialer:
             A stream that is open once it can be written to; None if that was not possible, which
             :meth:`connect` may know a way round.
         """
-        if trio.current_time() - self._resolved_at >= _RESOLVE_AGE or not self._addresses:
-            return None
-        try:
+        # Whatever goes wrong, connect() meets it again and says so.
+        with contextlib.suppress(OSError, UnicodeError):
+            now = trio.current_time()
+            if now - self._resolved_at >= _RESOLVE_AGE:
+                found = lookups.resolve_nowait(self._host, self._port)
+                if not found:
+                    return None
+                self._addresses, self._resolved_at = found, now
             return sockets.begin_nowait(self._poller, *self._addresses[0])[0]
-        except OSError:
-            return None
+        return None
 
     async def _connect_any(self) -> tuple[SocketStream | None, str]:
         reason = "no address"
