@@ -544,10 +544,10 @@ cdef class Visit(Actor):
         if body < 0:
             self._sent = 0
             return self._give_away(PyBytes_FromStringAndSize(<char *>data, size), b"", None)
+        self._keeps = not head.closes
         self._hold(data + head.size + body, size - head.size - body)
         self._response = PyBytes_FromStringAndSize(<char *>data, head.size)
         self._status = head.status
-        self._keeps = not head.closes
         self._closes = self._closes or lane._server.closing
         self._state = RELAYING
         self._deadline = INFINITY
