@@ -601,8 +601,10 @@ cdef class Visit(Actor):
             self._held_size = 0
             passed = self._walk(data, size)
             if passed == BAD_CHUNK:
-                return self._fail("malformed chunk")
-            if passed == ODD_LINE:
+                # What came before is the client's.
+                passed = self._lane._odd_at
+                self._failure = "malformed chunk"
+            elif passed == ODD_LINE:
                 passed = self._lane._odd_at
                 self._odd = PyBytes_FromStringAndSize(<char *>data + passed, size - passed)
             else:
@@ -634,7 +636,7 @@ cdef class Visit(Actor):
         """Follow the framing of the body; return how many bytes of it can be passed on.
 
         The rest is the incomplete beginning of a line, or comes after the end. Of a line that is
-        not ordinary the lane's _odd_at is the offset.
+        not ordinary, or not what ends a chunk, the lane's _odd_at is the offset.
         """
         cdef Py_ssize_t at = 0
         cdef Py_ssize_t end, count
@@ -657,6 +659,7 @@ cdef class Visit(Actor):
                 continue
             if self._line_end:
                 if data[at] != (0x0D if self._line_end == 2 else 0x0A):
+                    self._lane._odd_at = at
                     return BAD_CHUNK
                 self._line_end -= 1
                 at += 1
