@@ -352,7 +352,8 @@ cdef class Visit(Actor):
 
     cdef int _read_request(self) except -1:
         cdef Py_ssize_t size = self._receive()
-        self._stirred = False
+        # The end of what TLS brings may have come along: no event will tell of it.
+        self._stirred = self._secured and self.stream.hung_up
         if size == NOTHING_YET:
             return self._watch()
         if size <= 0:
@@ -493,7 +494,8 @@ cdef class Visit(Actor):
             self._expect(self._plan._timeout)
             lane.metrics.connect(self._plan.name, ok=True)
         if sent == size:
-            return 0
+            # With its request a client may have closed its side.
+            return self._give_away(b"", b"", None) if self._is_gone() else 0
         if sent < 0 and errno != EAGAIN and errno != EINTR:
             # It may have answered before it closed.
             return self._give_away(b"", b"", None)
