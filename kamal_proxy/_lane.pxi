@@ -765,7 +765,7 @@ cdef class Visit(Actor):
         """Be done with an exchange that went well."""
         self._account(self._status, None)
         self._let_go(self._keeps)
-        if self._closes:
+        if self._closes or self._lane._server.closing:
             return self._close(True)
         self._state = IDLE
         self._expect(self._lane.idle_timeout)
