@@ -281,7 +281,7 @@ class Lane(_fastpath.Lane):
         try:
             await self._server.serve(connection, connection.address)
         finally:
-            if connection.is_quiet:
+            if connection.is_quiet and not self._is_over:
                 self._enter(visit)
                 visit.come_back(connection.address)
             else:
