@@ -505,7 +505,11 @@ cdef class Visit(Actor):
 
     cdef int _target_ready(self, uint32_t events) except -1:
         if self._state == CONNECTING:
-            return self._connected(events)
+            self._connected(events)
+            # No other event will tell of what the target has said, or closed, by itself.
+            if self._state == AWAITING and events & (EPOLLIN | EPOLLRDHUP):
+                return self._read_answer()
+            return 0
         if self._state == AWAITING:
             return self._read_answer()
         if self._state == RELAYING and not self._pending_size:
