@@ -433,6 +433,7 @@ cdef class Visit(Actor):
             if self._upstream is None:
                 return self._give_away(b"", b"", None)
             self._state = CONNECTING
+            self._expect(min(plan._timeout, lane._connect_timeout))
         self._link = self._upstream.link
         if self._link is None:
             self._link = self._upstream.link = Link(lane.readiness, self._upstream.stream)
@@ -486,12 +487,11 @@ cdef class Visit(Actor):
         if self._state == CONNECTING:
             if sent < 0 and (errno == EAGAIN or errno == EINTR):
                 self._upstream.stream.watch(writes=True)
-                self._expect(min(self._plan._timeout, lane._connect_timeout))
                 return 0
             if sent < 0:
                 return self._give_away(b"", b"", None)
             self._state = AWAITING
-            self._expect(self._plan._timeout)
+            self._deadline += lane._rest_of(self._plan._timeout)
             lane.metrics.connect(self._plan.name, ok=True)
         if sent == size:
             # With its request a client may have closed its side.
@@ -833,10 +833,11 @@ cdef class Visit(Actor):
         upstream, self._upstream = self._upstream, None
         self._unlink()
         self._plan = None
-        if self._state == CONNECTING and upstream is not None:
+        remaining = self._deadline - self._lane._now()
+        if self._state == CONNECTING:
             upstream.stream.close()
             upstream = None
-        remaining = self._deadline - self._lane._now()
+            remaining += self._lane._rest_of(plan._timeout)
         self._go_away()
         target, self._target = self._target, None
         request_id = self._request_id()
@@ -993,6 +994,10 @@ cdef class Lane:
             self._batch = self.readiness.batch
             self._batch_time = self._read_clock()
         return self._batch_time
+
+    cdef double _rest_of(self, double timeout) noexcept:
+        """Return what is left of the time for a response when that for connecting is over."""
+        return max(0.0, timeout - self._connect_timeout)
 
     @property
     def next_deadline(self):

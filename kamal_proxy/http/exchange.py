@@ -293,12 +293,11 @@ class Exchange:
             pool = target.connections
             assert isinstance(pool, (UpstreamPool, H2Pool))
             attempt, begun = begun, None
-            if attempt is not None and attempt.upstream is not None:
-                self._client.move_deadline(attempt.remaining, Reason.TARGET_TIMEOUT)
-                upstream: Upstream | None = attempt.upstream
-            else:
+            remaining = response_timeout if attempt is None else attempt.remaining
+            self._client.move_deadline(remaining, Reason.TARGET_TIMEOUT)
+            upstream: Upstream | None = None if attempt is None else attempt.upstream
+            if upstream is None:
                 attempt = None
-                self._client.move_deadline(response_timeout, Reason.TARGET_TIMEOUT)
                 upstream = self._upstream = pool.take_idle(max_age)
                 if upstream is not None:
                     metrics.reuse(service.name)
