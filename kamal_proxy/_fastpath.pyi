@@ -93,12 +93,12 @@ class Readiness:
             OSError: it was not watched.
         """
 
-    def tell(self) -> bool:
+    def tell(self) -> int:
         """Tell of one batch of events, without waiting for any.
 
         Returns:
-            Whether that was worth repeating at once: there were events, only Actors', and
-            none of these is in line.
+            How many were told, or were in line, if it is worth repeating at once: they were only
+            Actors, and none of them is in line again. Otherwise 0.
         """
 
 class Plan:

@@ -270,7 +270,7 @@ cdef class Visit(Actor):
                 self._read_request()
         except Exception as error:
             self._lane.tell_bug(self, error)
-            if self._state != AWAY:
+            if self._state != AWAY:  # which cares for itself
                 self._let_go(False)
                 self._close(False)
         return 0
@@ -370,7 +370,11 @@ cdef class Visit(Actor):
     cdef int _leave(self, Py_ssize_t size) except -1:
         """Let a task have the connection, with what was read."""
         self._go_away()
-        self._lane.leave(self, PyBytes_FromStringAndSize(<char *>self._lane._input, size))
+        try:
+            self._lane.leave(self, PyBytes_FromStringAndSize(<char *>self._lane._input, size))
+        except Exception:
+            self._lane.close(self, linger=False)
+            raise
         return 0
 
     cdef int _go_away(self) except -1:
@@ -839,17 +843,18 @@ cdef class Visit(Actor):
             upstream = None
             remaining += self._lane._rest_of(plan._timeout)
         self._go_away()
-        target, self._target = self._target, None
-        request_id = self._request_id()
-        request, self._request = self._request, None
-        response, self._response = self._response, None
-        self._odd = None
-        self._failure = None
-        self._lane.give_away(
-            self, plan, target, upstream, request, request_id=request_id, started=self._began,
-            remaining=remaining, unsent=unsent, response=response or b"", sent=self._sent,
-            received=received, reason=reason,
-        )
+        try:
+            self._lane.give_away(
+                self, plan, self._target, upstream, self._request, request_id=self._request_id(),
+                started=self._began, remaining=remaining, unsent=unsent,
+                response=self._response or b"", sent=self._sent, received=received, reason=reason,
+            )
+        except Exception:
+            self._plan, self._upstream = plan, upstream
+            self._let_go(False)
+            self._lane.close(self, linger=False)
+            raise
+        self._target = self._request = self._response = self._odd = None
         return 0
 
     cdef bytes _request_id(self):

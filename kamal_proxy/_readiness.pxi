@@ -80,30 +80,29 @@ cdef class Readiness:
         finally:
             self.is_telling = False
 
-    cdef bint _tell(self) except -1:
+    cdef int _tell(self) except -1:
         cdef Actor actor
         cdef list line = self._line
+        cdef int told = len(line)
         cdef int count, i
-        cdef bint is_own
-        is_own = len(line) > 0
-        if is_own:
+        cdef bint is_own = True
+        if told:
             self._line = []
             for actor in line:
                 actor._in_line = False
                 actor.act(0)
         count = epoll_wait(self._epoll, self._events, EVENTS_PER_BATCH, 0)
-        if count > 0:
-            is_own = True
-            for i in range(count):
-                # What was closed earlier in this batch may have left an event behind.
-                pollable = self.pollables.get(<int>self._events[i].data.u64)
-                if isinstance(pollable, Actor):
-                    (<Actor>pollable).act(self._events[i].events)
-                elif pollable is not None:
-                    is_own = False
-                    pollable.ready(self._events[i].events)
+        for i in range(count):
+            # What was closed earlier in this batch may have left an event behind.
+            pollable = self.pollables.get(<int>self._events[i].data.u64)
+            if isinstance(pollable, Actor):
+                (<Actor>pollable).act(self._events[i].events)
+            elif pollable is not None:
+                is_own = False
+                pollable.ready(self._events[i].events)
+            told += 1
         # Whoever is in line has much to do: what tasks have to do comes first.
-        return is_own and not len(self._line)
+        return told if is_own and not len(self._line) else 0
 
 
 cdef int _raise_errno() except -1:

@@ -32,7 +32,7 @@ READ_SIZE = 64 * 1024
 
 # A stream whose calls never block must still let other tasks run, and notice its cancellation.
 _CALLS_PER_TURN = 32
-_BATCHES_PER_TURN = 8
+_EVENTS_PER_TURN = 64  # of those that wake no task; others are told in batches as large
 
 # Most streams never find their socket full: the edge with which a new one tells that it can be
 # written to would wake the poller for nothing.
@@ -105,11 +105,11 @@ class Poller(Readiness):
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(self.fileno())
-            # A turn of the scheduler costs more than a batch: as long as no task is to run, there
-            # is another one.
-            for _ in range(_BATCHES_PER_TURN):
-                if not self.tell():
-                    break
+            # A turn of the scheduler costs as much as some events: while no task is to run, there
+            # is another batch.
+            told = 0
+            while told < _EVENTS_PER_TURN and (count := self.tell()):
+                told += count
 
 
 class Reader:
