@@ -160,7 +160,7 @@ class Visit(Actor):
         lane: Its lane.
         stream: Its stream.
         address: The client's host and port.
-        believed: Whether what it says about the hops before it is believed.
+        vouched: Whether the client is one of the trusted proxies.
 
     Attributes:
         stream: As given.
@@ -173,7 +173,7 @@ class Visit(Actor):
     was_served: bool
 
     def __init__(
-        self, lane: Lane, stream: SocketStream, address: tuple[str, int], believed: bool
+        self, lane: Lane, stream: SocketStream, address: tuple[str, int], vouched: bool
     ) -> None: ...
     @property
     def is_idle(self) -> bool:
@@ -182,11 +182,12 @@ class Visit(Actor):
     def begin(self, patience: float) -> None:
         """Begin to read; the first request has to come within so many seconds."""
 
-    def come_back(self, address: tuple[str, int]) -> None:
+    def come_back(self, address: tuple[str, int], vouched: bool) -> None:
         """Be in the lane again; nothing of the connection lies unread.
 
         Args:
             address: The client's, which may have become known.
+            vouched: Whether that is one of the trusted proxies.
         """
 
     def begin_drain(self, drain: Drain) -> None:

@@ -156,7 +156,7 @@ cdef class Visit(Actor):
     cdef bytes _client
     cdef int _fd
     cdef bint _secured
-    cdef bint _believed
+    cdef bint _vouched
     cdef LaneState _state
     cdef bint _watched
     cdef bint _stirred  # something of the client's lies unread
@@ -189,10 +189,10 @@ cdef class Visit(Actor):
     cdef Py_ssize_t _pending_at
     cdef Py_ssize_t _pending_size
 
-    def __init__(self, Lane lane, stream, tuple address, bint believed):
+    def __init__(self, Lane lane, stream, tuple address, bint vouched):
         self._lane = lane
         self.stream = stream
-        self._believed = believed
+        self._vouched = vouched
         self._secured = stream.secured
         self._fd = stream.fileno()
         self._set_address(address)
@@ -217,9 +217,10 @@ cdef class Visit(Actor):
         self._expect(patience)
         self._guard(BEGIN, 0)
 
-    def come_back(self, tuple address):
+    def come_back(self, tuple address, bint vouched):
         if address is not self.address:
             self._set_address(address)
+        self._vouched = vouched
         self._state = IDLE
         self._hung_up = self._stirred = False
         self.was_served = True
@@ -475,7 +476,7 @@ cdef class Visit(Actor):
             route.request_id.size = ID_SIZE
         route.start = _nanoseconds(CLOCK_REALTIME) // 1000000
         route.stripped = len(self._plan.stripped)
-        route.is_believed = self._plan._forwards and self._believed
+        route.is_believed = self._plan._forwards and (self._vouched or not lane._trusts_few)
         lane._open_output(&out)
         _write_request(&out, head, &route)
         assert not out.is_full
@@ -1088,7 +1089,8 @@ cdef class Lane:
         cdef Head *answer = &self._answer
         cdef const Field *field
         cdef Plan plan = visit._plan
-        cdef bytes name, key
+        cdef Span told
+        cdef bytes name, key, remote
         _scan_request(head, _bytes_of(visit._request), len(visit._request))
         if not _scan_response(answer, _bytes_of(visit._response), len(visit._response), visit._method):
             raise AssertionError("a response that was read can be read again")
@@ -1131,8 +1133,13 @@ cdef class Lane:
         _put(&out, b'","client_port":"', 17)
         _put_number(&out, visit.address[1])
         _put(&out, b'","remote_addr":', 16)
-        if head.known[<int>FORWARDED_FOR] != NULL and not self._trusts_few:
-            self._put_value(&out, head.known[<int>FORWARDED_FOR])
+        field = head.known[<int>FORWARDED_FOR]
+        if field != NULL and not self._trusts_few:
+            self._put_value(&out, field)
+        elif field != NULL and visit._vouched:
+            remote = self.remote(visit, _copy_of(&field.value))
+            _span_of(&told, remote)
+            self._put_text(&out, &told)
         else:
             _put(&out, b'"', 1)
             _put_bytes(&out, visit._client)

@@ -102,10 +102,9 @@ class ClientConnection:
         )
 
     def _set_address(self, address: Address) -> None:
-        trusted = self.server.trusted_proxies
         self.address = address
-        self.vouched = bool(trusted) and address[0] in trusted
-        self.believed = self.vouched or not trusted
+        self.vouched = self.server.trusts(address)
+        self.believed = self.vouched or not self.server.trusted_proxies
 
     @property
     def is_idle(self) -> bool:

@@ -321,12 +321,17 @@ def forwarded_chain(head: RequestHead, client_ip_header: bytes) -> list[str]:
     if client_ip_header and (value := head.get(client_ip_header)):
         return [value.decode("latin-1").strip()]
     fields = [value for name, _, value in head.headers if name == b"x-forwarded-for"]
-    hops = [hop.strip() for hop in b",".join(fields).decode("latin-1").split(",")]
-    if any(hops):
-        return [hop for hop in hops if hop]
+    if hops := hops_of(b",".join(fields)):
+        return hops
     forwarded = [value for name, _, value in head.headers if name == b"forwarded"]
     elements = parse_untrusted(b", ".join(believable_untrusted(forwarded))) or []
     return [hop.for_ for hop in elements]
+
+
+def hops_of(value: bytes) -> list[str]:
+    """Return the entries of an X-Forwarded-For field, oldest first."""
+    hops = (hop.strip() for hop in value.decode("latin-1").split(","))
+    return [hop for hop in hops if hop]
 
 
 def is_streamed(head: ResponseHead) -> bool:

@@ -16,6 +16,8 @@ from kamal_proxy import _fastpath
 from kamal_proxy.http.begun import Begun
 from kamal_proxy.http.connection import ClientConnection
 from kamal_proxy.http.downstream import GONE_GRACE
+from kamal_proxy.http.forwarded import nearest_untrusted
+from kamal_proxy.http.headers import hops_of
 from kamal_proxy.http.reasons import CLIENT_CLOSED_REQUEST, Reason
 from kamal_proxy.http.upstream import CONNECT_TIMEOUT, FRESH_AGE, MAX_IDLE_AGE
 from kamal_proxy.logs import second_text, text
@@ -87,12 +89,9 @@ class Lane(_fastpath.Lane):
         if stream.alpn == "h2":
             self._clients.serve(server.handle, stream, address)
             return
-        trusted = server.trusted_proxies
-        vouched = bool(trusted) and address[0] in trusted
-        visit = _fastpath.Visit(self, stream, address, not trusted)
-        introduced = not stream.secured and address[0] in server.proxy_protocol_from
-        if vouched or introduced:
-            connection = ClientConnection(stream, address, server, has_lane=not trusted)
+        visit = _fastpath.Visit(self, stream, address, server.trusts(address))
+        if not stream.secured and address[0] in server.proxy_protocol_from:
+            connection = ClientConnection(stream, address, server, has_lane=True)
             self._attend(visit, connection)
         else:
             self._enter(visit)
@@ -151,7 +150,9 @@ class Lane(_fastpath.Lane):
             )
         )
         alt_svc = self._server.alt_svc
-        in_memory = target_options.max_memory_buffer_size
+        in_memory = min(
+            target_options.max_memory_buffer_size, self._server.options.max_buffer_memory
+        )
         return _fastpath.Plan(
             service,
             prefix,
@@ -273,9 +274,9 @@ class Lane(_fastpath.Lane):
 
     def _attend(self, visit: Visit, connection: ClientConnection) -> None:
         """Let a connection have a task, until it is quiet again."""
+        self._clients.nursery.start_soon(self._serve, visit, connection)
         self._server.add(connection)
         self._forget(visit)
-        self._clients.nursery.start_soon(self._serve, visit, connection)
 
     async def _serve(self, visit: Visit, connection: ClientConnection) -> None:
         try:
@@ -283,7 +284,7 @@ class Lane(_fastpath.Lane):
         finally:
             if connection.is_quiet and not self._is_over:
                 self._enter(visit)
-                visit.come_back(connection.address)
+                visit.come_back(connection.address, connection.vouched)
             else:
                 self._clients.leave(visit.stream)
 
@@ -324,6 +325,16 @@ class Lane(_fastpath.Lane):
     def tell_bug(self, visit: Visit, error: Exception) -> None:
         """Tell of what must cost one connection, not the proxy."""
         self._server.log.error("Connection failed", client_addr=visit.address[0], error=repr(error))
+
+    def remote(self, visit: Visit, hops: bytes) -> bytes:
+        """Return whom a request comes from, as far as it can be known.
+
+        Args:
+            visit: The connection of a trusted proxy.
+            hops: What that says about those before it.
+        """
+        trusted = self._server.trusted_proxies
+        return nearest_untrusted(hops_of(hops), trusted, visit.address[0]).encode("latin-1")
 
     def quoted(self, value: bytes) -> bytes:
         """Write a text as the log does."""

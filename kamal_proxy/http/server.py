@@ -92,6 +92,10 @@ class HttpServer:
         """How many client connections are open."""
         return len(self._connections)
 
+    def trusts(self, address: Address) -> bool:
+        """Return whether a client is one of the trusted proxies."""
+        return bool(self.trusted_proxies) and address[0] in self.trusted_proxies
+
     def date(self) -> bytes:
         """Return the value of a Date header field (RFC 9110 6.6.1)."""
         second = int(time.time())

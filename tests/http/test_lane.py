@@ -20,7 +20,6 @@ from tests.running import open_embedded
 from tests.scripted import ConnectionCut, Peer, ok, open_client, open_upstream
 
 if TYPE_CHECKING:
-
     from tests.running import Line
     from tests.scripted import Client, Request, Script, Upstream
 
@@ -180,7 +179,7 @@ CASES = {
         request=get(fields=FORWARDED), run={"trusted_proxies": ("192.0.2.9",)}
     ),
     "forwarded-for-trusted": Case(
-        request=get(fields=FORWARDED), run={"trusted_proxies": ("127.0.0.1",)}, served=False
+        request=get(fields=FORWARDED), run={"trusted_proxies": ("127.0.0.1",)}
     ),
     "forwarded": Case(request=get(fields="Forwarded: for=192.0.2.1\r\n"), served=False),
     "hop-by-hop": Case(request=get(fields="TE: trailers\r\nConnection: TE\r\n"), served=False),
