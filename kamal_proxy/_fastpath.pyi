@@ -101,6 +101,9 @@ class Readiness:
             Actors, and none of them is in line again. Otherwise 0.
         """
 
+def is_quiet(fd: int) -> bool:
+    """Return whether a connected socket is open with nothing to read."""
+
 class Plan:
     """What the lane knows of a service that a host and a path prefix lead to.
 

@@ -22,7 +22,6 @@ cdef extern from * nogil:
     #include <netinet/tcp.h>
     """
     ssize_t getrandom(void *, size_t, unsigned int)
-    ssize_t recv(int, void *, size_t, int)
     int CLOCK_REALTIME
 
 cdef enum:
@@ -283,7 +282,7 @@ cdef class Visit(Actor):
             return 0
         if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self._hung_up = True
-        if events and (self._secured or self._hung_up):
+        if events and (self._hung_up or (self._secured and self._state != IDLE)):
             self.stream.ready(events)
         if self._state == IDLE:
             return self._read_request()

@@ -107,3 +107,8 @@ cdef class Readiness:
 
 cdef int _raise_errno() except -1:
     raise OSError(errno, os.strerror(errno))
+
+
+def is_quiet(int fd):
+    cdef char byte
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 and errno == EAGAIN

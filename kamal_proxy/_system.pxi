@@ -103,7 +103,7 @@ cdef extern from * nogil:
     int SO_REUSEADDR, SO_RCVBUF, SO_RXQ_OVFL, SO_TYPE, UDP_SEGMENT, UDP_GRO
     int IP_PKTINFO, IP_TOS, IP_RECVTOS, IP_RECVERR
     int IPV6_PKTINFO, IPV6_TCLASS, IPV6_RECVTCLASS, IPV6_RECVERR
-    int MSG_DONTWAIT, MSG_TRUNC, MSG_ERRQUEUE, MSG_NOSIGNAL
+    int MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC, MSG_ERRQUEUE, MSG_NOSIGNAL
     int socket(int, int, int)
     int bind(int, const sockaddr *, socklen_t)
     int connect(int, const sockaddr *, socklen_t)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import outcome
 import trio
 
-from kamal_proxy._fastpath import Readiness
+from kamal_proxy._fastpath import Readiness, is_quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -356,13 +356,7 @@ class SocketStream(Reader):
 
     def is_quiet_nowait(self) -> bool:
         """Return whether the stream is open with nothing to read: a pooled connection is usable."""
-        try:
-            self._socket().recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return is_quiet(self._socket().fileno())
 
     def shutdown_write(self) -> None:
         """Send the end of the stream; reading goes on."""

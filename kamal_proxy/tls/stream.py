@@ -36,6 +36,7 @@ _MANY_ANSWERS = 4 * 1024
 _MAX_ANSWERS = 16 * 1024
 # Received bytes that count as a call where tasks take turns: many small records cost a lot.
 _BYTES_PER_CALL = 2048
+_NOTHING = memoryview(b"")
 
 
 class HandshakeError(Exception):
@@ -88,7 +89,7 @@ class Handshake:
         self._server_name = server_name
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._connection = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._unsent = memoryview(b"")
+        self._unsent = _NOTHING
         self._done = False
 
     @property
@@ -395,7 +396,7 @@ class TlsStream(SocketStream):
             self._say_goodbye()
         super().close()
         self._ahead = self._begun = b""
-        self._unsent = memoryview(b"")
+        self._unsent = _NOTHING
         self._ended = self._stirred = self._hung_up = False
         self._failure = ""
 
@@ -412,7 +413,7 @@ class TlsStream(SocketStream):
 
     def _encrypt(self, block: bytes | memoryview) -> None:
         try:
-            done = 0
+            done = self._connection.write(block)
             while done < len(block):
                 done += self._connection.write(block[done:])
         except ssl.SSLError as error:
@@ -421,9 +422,9 @@ class TlsStream(SocketStream):
     def _flush(self) -> bool:
         """Send what is encrypted; return whether the socket took all of it."""
         while self._unsent or self._outgoing.pending:
-            if not self._unsent:
-                self._unsent = memoryview(self._outgoing.read())
-            self._unsent = self._unsent[super().send_nowait(self._unsent) :]
+            data = self._unsent or self._outgoing.read()
+            sent = SocketStream.send_nowait(self, data)
+            self._unsent = memoryview(data)[sent:] if sent < len(data) else _NOTHING
             if self._unsent:
                 return False
         return True
