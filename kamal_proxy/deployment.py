@@ -264,6 +264,9 @@ class Deployment:
             if request in drain._left:
                 drain._left.add(by)
                 by.begin_drain(drain)
+            if request in drain._cut:
+                drain._cut.remove(request)
+                drain._cut.add(by)
         self.end(request)
 
     def end(self, request: InFlight) -> None:

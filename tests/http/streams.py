@@ -17,7 +17,9 @@ from kamal_proxy import lookups
 from kamal_proxy.deployment import Deployment
 from kamal_proxy.http.bodies import Spill
 from kamal_proxy.http.h2_pool import new_pool
+from kamal_proxy.http.lane import Lane
 from kamal_proxy.http.server import HttpServer
+from kamal_proxy.listeners import Clients
 from kamal_proxy.metrics import Metrics
 from kamal_proxy.options import ServiceOptions
 from kamal_proxy.router import RoutingTable
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from kamal_proxy.health import ProbeResult
     from kamal_proxy.sockets import SocketStream
 
+_PLACES = 100  # for connections in the lane
 CLIENT = ("192.0.2.7", 4711)
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 GET = b"GET /path HTTP/1.1\r\nHost: app.test\r\n\r\n"
@@ -116,6 +119,7 @@ class World:
     targets: list[trio.SocketStream]
     routes: RoutingTable
     clients: list[trio.SocketStream] = attrs.field(factory=list)
+    lane: Lane | None = None
 
     async def serve(self, stream: SocketStream) -> None:
         try:
@@ -132,8 +136,17 @@ class World:
     def connect(self) -> trio.SocketStream:
         """Open a client connection that is being served."""
         stream, client = self.pair()
-        self.nursery.start_soon(self.serve, stream)
+        if self.lane is None:
+            self.nursery.start_soon(self.serve, stream)
+        else:
+            self.enter(stream)
         return client
+
+    def enter(self, stream: SocketStream) -> None:
+        """Let the lane have a connection, as if it had been accepted."""
+        assert self.lane is not None
+        self.lane._clients.limiter.acquire_nowait()
+        self.lane.begin(stream, CLIENT)
 
     async def open_deployment(self, target: str) -> Deployment:
         """Run another deployment, whose target is reached where that of the first one is."""
@@ -185,6 +198,7 @@ async def open_world(
     pause: SavedPause | None = None,
     service_options: ServiceOptions | None = None,
     target_options: TargetOptions | None = None,
+    in_lane: bool = False,
     **options: Any,
 ) -> AsyncIterator[World]:
     path = str(directory / "t.sock")
@@ -227,12 +241,17 @@ async def open_world(
                 listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
                 nursery.start_soon(trio.serve_listeners, serve_target, [listener])
                 world = World(poller, server, deployment, nursery, lines, accepted, routes)
+                clients = Clients(nursery, trio.Semaphore(_PLACES))
+                if in_lane:
+                    world.lane = Lane(server, poller, clients)
+                    nursery.start_soon(world.lane.run)
                 try:
                     yield world
                 finally:
                     for client in world.clients:
                         client.socket.close()
                 nursery.cancel_scope.cancel()
+            assert clients.limiter.value == _PLACES
             assert server.connections == 0
             assert (spill.memory, spill.spilled) == (0, 0)
             assert deployment.in_flight == 0

@@ -1,0 +1,465 @@
+"""Unhappy ends of exchanges in the lane, and that they are those of connections with a task.
+
+All tests but the last ones run both ways, with the first request served already: then the client's
+connection, and one to the target, are kept. Times are those of a mock clock. When a world ends,
+nothing may be left open, in flight or unlogged.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from kamal_proxy.deployment import DrainResult
+from tests.http.stepping import attempt_every_step, visit_and_leave
+from tests.http.streams import GET, HELLO, World, open_world, read_all, read_head
+from tests.pairs import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    from trio.testing import MockClock
+
+    Turn = Callable[[trio.SocketStream], Awaitable[None]]
+    Opener = Callable[..., AbstractAsyncContextManager[tuple[World, trio.SocketStream]]]
+
+POST = b"POST / HTTP/1.1\r\nHost: app.test\r\nContent-Length: 0\r\n\r\n"
+BEGUN = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LARGE_BODY = b"x" * 3_000_000
+LARGE = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(LARGE_BODY), LARGE_BODY)
+
+
+def taking_turns(*turns: Turn) -> Turn:
+    """Answer the first request with hello, and let a function each deal with the next ones."""
+    left = list(turns)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        first = len(left) == len(turns)
+        while await read_head(stream):
+            if first or not left:
+                first = False
+                await stream.send_all(HELLO)
+            else:
+                await left.pop(0)(stream)
+                if stream.socket.fileno() < 0:
+                    return
+
+    return answer
+
+
+def saying(*parts: bytes) -> Turn:
+    """Answer in parts."""
+
+    async def say(stream: trio.SocketStream) -> None:
+        for part in parts:
+            await stream.send_all(part)
+            await wait_all_tasks_blocked()
+
+    return say
+
+
+def saying_and_closing(*parts: bytes) -> Turn:
+    """Answer in parts, and close."""
+
+    async def say(stream: trio.SocketStream) -> None:
+        await saying(*parts)(stream)
+        await stream.aclose()
+
+    return say
+
+
+async def be_silent(_: trio.SocketStream) -> None:
+    await trio.sleep_forever()
+
+
+async def begin(stream: trio.SocketStream) -> None:
+    """Answer a part, and nothing more."""
+    await stream.send_all(BEGUN)
+    await trio.sleep_forever()
+
+
+@pytest.fixture(params=[True, False], ids=["lane", "task"])
+def world(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> Opener:
+    """Return what opens a world in which one request was served, and the client of that."""
+
+    @asynccontextmanager
+    async def open_warm(
+        *turns: Turn, **options: Any
+    ) -> AsyncIterator[tuple[World, trio.SocketStream]]:
+        in_lane = request.param
+        answer = taking_turns(*turns)
+        async with open_world(tmp_path, monkeypatch, answer, in_lane=in_lane, **options) as here:
+            client = here.connect()
+            await client.send_all(GET)
+            assert await read_head(client) == HELLO
+            await wait_all_tasks_blocked()
+            assert bool(here.lane and here.lane._visits) == in_lane
+            yield here, client
+            await wait_all_tasks_blocked()
+
+    return open_warm
+
+
+def ends(here: World) -> list[tuple[int, str]]:
+    """Return how the requests after the first ended."""
+    return [(line["status"], line.get("reason", "")) for line in here.logged[1:]]
+
+
+# Between two requests
+
+
+async def test_a_client_that_leaves_between_two_requests(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world() as (here, client):
+        await client.aclose()
+        await wait_all_tasks_blocked()
+        assert here.server.connections == 0
+        assert ends(here) == []
+
+
+async def test_a_client_that_is_idle(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as (here, client):
+        start = trio.current_time()
+        assert await client.receive_some() == b""
+        assert trio.current_time() - start == pytest.approx(60, abs=0.1)
+        assert ends(here) == []
+
+
+async def test_a_client_that_never_says_anything(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as (here, _):
+        start = trio.current_time()
+        assert await here.connect().receive_some() == b""
+        assert trio.current_time() - start == pytest.approx(30, abs=0.1)
+        assert ends(here) == []
+
+
+async def test_a_request_that_comes_slowly(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as (here, client):
+        for byte in GET[:-1]:
+            await client.send_all(bytes([byte]))
+            await trio.sleep(0.2)
+        await client.send_all(GET[-1:])
+        assert await read_head(client) == HELLO
+        start = trio.current_time()
+        await client.send_all(GET[:10])
+        assert (await read_all(client)).startswith(b"HTTP/1.1 408 ")
+        assert trio.current_time() - start == pytest.approx(30, abs=0.1)
+        assert ends(here) == [(200, ""), (408, "head_timeout")]
+
+
+# While the target is silent
+
+
+async def test_a_client_that_leaves(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(be_silent) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        start = trio.current_time()
+        await client.aclose()
+        await here.targets[0].wait_send_all_might_not_block()
+        await trio.sleep(0.9)
+        assert here.deployment.in_flight == 1
+        await trio.sleep(0.2)
+        assert ends(here) == [(499, "client_gone")]
+        assert trio.current_time() - start < 2
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 9], ids=["get", "put"])
+async def test_a_client_that_says_no_more_with_its_request(
+    world: Opener, body: bytes, autojump_clock: MockClock
+) -> None:
+    async with world(be_silent) as (here, client):
+        await client.send_all(
+            b"PUT / HTTP/1.1\r\nHost: app.test\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await client.send_eof()
+        start = trio.current_time()
+        assert await client.receive_some() == b""
+        assert trio.current_time() - start == pytest.approx(1, abs=0.1)
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(499, "client_gone")]
+
+
+async def test_a_client_that_says_no_more_and_reads_on(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async def answer_late(stream: trio.SocketStream) -> None:
+        await trio.sleep(0.5)
+        await stream.send_all(HELLO)
+
+    async with world(answer_late) as (here, client):
+        await client.send_all(GET)
+        await client.send_eof()
+        assert await read_all(client) == HELLO
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(200, "")]
+
+
+@pytest.mark.parametrize(("request_", "end"), [(GET, (200, "")), (POST, (502, "target_failed"))])
+async def test_a_target_that_closes(
+    world: Opener, request_: bytes, end: tuple[int, str], autojump_clock: MockClock
+) -> None:
+    async with world(saying_and_closing()) as (here, client):
+        await client.send_all(request_)
+        assert (await read_head(client)).startswith(b"HTTP/1.1 %d " % end[0])
+        await wait_all_tasks_blocked()
+        assert ends(here) == [end]
+
+
+async def test_a_target_that_never_answers(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(be_silent) as (here, client):
+        start = trio.current_time()
+        await client.send_all(GET)
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(30, abs=0.1)
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(504, "target_timeout")]
+
+
+async def test_a_target_that_answers_half_a_head(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(saying(HELLO[:20])) as (here, client):
+        start = trio.current_time()
+        await client.send_all(GET)
+        assert (await read_head(client)).startswith(b"HTTP/1.1 504 ")
+        assert trio.current_time() - start == pytest.approx(30, abs=0.1)
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(504, "target_timeout")]
+
+
+# While the response is on its way
+
+
+@pytest.mark.parametrize("begun", [BEGUN, CHUNKED + b"7\r\nhello", CHUNKED + b"5\r\nhello\r\n1"])
+async def test_a_target_that_closes_in_the_middle(
+    world: Opener, begun: bytes, autojump_clock: MockClock
+) -> None:
+    async with world(saying_and_closing(begun)) as (here, client):
+        await client.send_all(GET)
+        got = await read_all(client)
+        assert b"hello" in got
+        assert not got.endswith(b"0\r\n\r\n")
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(200, "target_failed")]
+        assert here.logged[1]["resp_content_length"] == 5
+        (error,) = here.lines.of("Error while proxying")
+        assert error["error"].startswith("response cut short: ")
+
+
+@pytest.mark.parametrize(
+    "bad", [b"5\r\nhelloXX", b"5\r\nhello\rX", b"1\r\nh\r\n4\r\nelloX\n0\r\n\r\n"]
+)
+async def test_a_malformed_chunk_in_a_later_read(
+    world: Opener, bad: bytes, autojump_clock: MockClock
+) -> None:
+    async with world(saying(CHUNKED + b"1\r\nx\r\n", bad)) as (here, client):
+        await client.send_all(GET)
+        got = await read_all(client)
+        assert b"x" in got
+        assert got.endswith((b"hello", b"hello\r", b"hello\r\n", b"ello", b"ello\r\n"))
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(200, "target_failed")]
+        assert here.logged[1]["resp_content_length"] == 6
+
+
+async def test_a_client_that_leaves_in_the_middle(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(begin) as (here, client):
+        await client.send_all(GET)
+        await read_head(client)
+        await client.aclose()
+        await trio.sleep(0.9)
+        assert here.deployment.in_flight == 1
+        await trio.sleep(0.2)
+        assert ends(here) == [(499, "client_gone")]
+
+
+async def test_a_client_that_takes_nothing(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(saying(LARGE)) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        start = trio.current_time()
+        await here.deployment.drain(99)
+        assert trio.current_time() - start == pytest.approx(60, abs=0.1)
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(499, "client_stalled")]
+
+
+async def test_a_client_that_takes_a_little_at_a_time(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(saying(LARGE)) as (here, client):
+        await client.send_all(GET)
+        got = 0
+        while got < len(LARGE):
+            await trio.sleep(20)
+            part = await client.receive_some(200_000)
+            assert part, (got, ends(here))
+            got += len(part)
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(200, "")]
+        await client.send_all(GET)
+        assert await read_head(client) == HELLO
+
+
+async def test_a_client_that_resets_with_bytes_pending(
+    world: Opener, autojump_clock: MockClock
+) -> None:
+    async with world(saying(LARGE)) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        await client.aclose()
+        await trio.sleep(2)
+        assert ends(here) == [(499, "client_gone")]
+
+
+# Drains and shutdowns
+
+
+@pytest.mark.parametrize(
+    ("turn", "end"),
+    [(be_silent, (504, "drained")), (begin, (200, "drained")), (saying(LARGE), (200, "drained"))],
+    ids=["silent", "begun", "pending"],
+)
+async def test_the_deadline_of_a_drain(
+    world: Opener, turn: Turn, end: tuple[int, str], autojump_clock: MockClock
+) -> None:
+    async with world(turn) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.remove()
+        here.deployment.retire(5)
+        assert await here.deployment.wait_drained() == DrainResult(0, 1)
+        assert (await read_all(client))[:13] == b"HTTP/1.1 %d " % end[0]
+        await wait_all_tasks_blocked()
+        assert ends(here) == [end]
+        assert len(here.lines.of("Request cancelled due to draining")) == 1
+
+
+async def test_two_drains_count_a_request_once(world: Opener, autojump_clock: MockClock) -> None:
+    async with world(be_silent) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        results = []
+
+        async def drain(seconds: float) -> None:
+            results.append(await here.deployment.drain(seconds))
+
+        async with trio.open_nursery() as drains:
+            drains.start_soon(drain, 5)
+            drains.start_soon(drain, 5)
+        assert results == [DrainResult(0, 1)] * 2
+
+
+async def test_a_drain_waits(world: Opener, autojump_clock: MockClock) -> None:
+    release = trio.Event()
+
+    async def answer_late(stream: trio.SocketStream) -> None:
+        await stream.send_all(BEGUN)
+        await release.wait()
+        await stream.send_all(b"world")
+
+    async with world(answer_late) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.remove()
+        here.deployment.retire(5)
+        await wait_all_tasks_blocked()
+        assert not here.deployment.drained
+        release.set()
+        assert await here.deployment.wait_drained() == DrainResult(1, 0)
+        await wait_all_tasks_blocked()
+        assert ends(here) == [(200, "")]
+
+
+async def test_a_shutdown_closes_idle_connections(world: Opener, autojump_clock: MockClock) -> None:
+    async with world() as (here, client):
+        here.server.close_idle(trio.current_time() + 10)
+        assert await client.receive_some() == b""
+        await here.server.wait_closed()
+        assert ends(here) == []
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["relaying", "silent"])
+async def test_a_shutdown_waits_for_requests(
+    world: Opener, begins: bool, autojump_clock: MockClock
+) -> None:
+    release = trio.Event()
+
+    async def answer_late(stream: trio.SocketStream) -> None:
+        if begins:
+            await stream.send_all(BEGUN)
+        await release.wait()
+        await stream.send_all(b"world" if begins else BEGUN + b"world")
+
+    async with world(answer_late) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.server.close_idle(trio.current_time() + 10)
+        await wait_all_tasks_blocked()
+        assert here.server.connections == 1
+        release.set()
+        got = await read_all(client)
+        assert got.endswith(b"helloworld")
+        assert (b"Connection: close" in got) == (not begins)
+        start = trio.current_time()
+        await here.server.wait_closed()
+        assert trio.current_time() == start
+        assert ends(here) == [(200, "")]
+
+
+@pytest.mark.parametrize(
+    ("turn", "end"),
+    [
+        (be_silent, (503, "shutdown")),
+        (begin, (200, "shutdown")),
+        (saying(LARGE), (200, "shutdown")),
+    ],
+    ids=["silent", "begun", "pending"],
+)
+async def test_what_a_shutdown_cuts(
+    world: Opener, turn: Turn, end: tuple[int, str], autojump_clock: MockClock
+) -> None:
+    async with world(turn) as (here, client):
+        await client.send_all(GET)
+        await wait_all_tasks_blocked()
+        here.server.close_idle(trio.current_time() + 10)
+        here.server.abort()
+        assert (await read_all(client))[:13] == b"HTTP/1.1 %d " % end[0]
+        await here.server.wait_closed()
+        assert ends(here) == [end]
+
+
+def test_cancelled_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests in the lane, one that gets a task, then all is cancelled at some point."""
+
+    async def attempt(here: World, step: int) -> bool:
+        done = trio.Event()
+
+        async def visit(client: trio.SocketStream) -> None:
+            for request in (GET, GET, GET, POST[:20], POST[20:] + GET[:9]):
+                await client.send_all(request)
+                if request is not POST[:20] and not await client.receive_some():
+                    return
+            done.set()
+
+        steps = Steps(step, here.nursery.cancel_scope.cancel)
+        trio.lowlevel.add_instrument(steps)
+        client = here.connect()
+        await visit_and_leave(visit, client)
+        trio.lowlevel.remove_instrument(steps)
+        assert set(here.statuses) <= {200, 499, 503}
+        return here.nursery.cancel_scope.cancel_called
+
+    attempt_every_step(tmp_path, monkeypatch, attempt, in_lane=True)
