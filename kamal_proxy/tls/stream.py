@@ -271,7 +271,10 @@ class TlsStream(SocketStream):
         if not (self._ahead or self._ended or self._failure):
             # The next read meets what went wrong.
             with contextlib.suppress(trio.BrokenResourceError):
-                self._read(_MIN_READ)
+                # Between what is no data yet and the end of the connection there is no event.
+                while self._read(_MIN_READ) and self._hung_up:
+                    if self._ahead or self._ended or self._failure:
+                        break
             self._wake_others()
 
     def _wake_others(self) -> None:

@@ -1,16 +1,21 @@
-"""What tests of the lane have in common: whether it is used, and what a proxy has counted."""
+"""What tests of the lane have in common: targets, whether it is used, what a proxy has counted."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy.http.exchange import Exchange
 from kamal_proxy.http.lane import Lane
+from tests.http.streams import HELLO, read_head
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     import pytest
 
     from kamal_proxy._fastpath import Visit
@@ -18,8 +23,13 @@ if TYPE_CHECKING:
     from tests.running import Embedded
 
 GET = b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"
+LARGE_BODY = b"x" * 3_000_000
+LARGE = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(LARGE_BODY), LARGE_BODY)
 _SAMPLE = re.compile(r"kamal_proxy_(http|upstream)_(\w+?)(?:_total)?(\{.*\})? ([0-9.e+]+)")
 _COUNTED = {"requests", "failures", "connects", "reuses", "retries", "in_flight_requests"}
+
+
+Turn: TypeAlias = "Callable[[trio.SocketStream], Awaitable[None]]"
 
 
 @attrs.define
@@ -30,13 +40,13 @@ class Spy:
         tasks: How often a connection got a task, at its beginning or later.
         given: How often that was in the middle of an exchange.
         exchanges: How many exchanges were those of tasks, to their end.
-        back: Connections that a task gave back.
+        entered: How often a connection entered a lane: accepted, or given back by a task.
     """
 
     tasks: int = 0
     given: int = 0
     exchanges: int = 0
-    back: int = 0
+    entered: int = 0
 
 
 def spy_on_lanes(monkeypatch: pytest.MonkeyPatch) -> Spy:
@@ -53,7 +63,7 @@ def spy_on_lanes(monkeypatch: pytest.MonkeyPatch) -> Spy:
         give_away(self, *args, **kwargs)
 
     def counting_enter(self: Lane, visit: Visit) -> None:
-        spy.back += visit.was_served
+        spy.entered += 1
         enter(self, visit)
 
     init = Exchange.__init__
@@ -78,3 +88,46 @@ def counted(proxy: Embedded) -> dict[str, float]:
         for match in samples
         if match and match[2] in _COUNTED
     }
+
+
+def taking_turns(*turns: Turn) -> Turn:
+    """Answer the first request with hello, and let a function each deal with the next ones."""
+    left = list(turns)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        first = len(left) == len(turns)
+        while await read_head(stream):
+            if first or not left:
+                first = False
+                await stream.send_all(HELLO)
+            else:
+                await left.pop(0)(stream)
+                if stream.socket.fileno() < 0:
+                    return
+
+    return answer
+
+
+def saying(*parts: bytes) -> Turn:
+    """Answer in parts."""
+
+    async def say(stream: trio.SocketStream) -> None:
+        for part in parts:
+            await stream.send_all(part)
+            await wait_all_tasks_blocked()
+
+    return say
+
+
+def saying_and_closing(*parts: bytes) -> Turn:
+    """Answer in parts, and close."""
+
+    async def say(stream: trio.SocketStream) -> None:
+        await saying(*parts)(stream)
+        await stream.aclose()
+
+    return say
+
+
+async def be_silent(_: trio.SocketStream) -> None:
+    await trio.sleep_forever()
