@@ -248,7 +248,7 @@ class TlsStream(SocketStream):
     def is_quiet_nowait(self) -> bool:
         """Return whether the stream is open with nothing to read."""
         self._look_ahead()
-        return not (self._ahead or self._ended or self._failure)
+        return not self._has_news()
 
     @property
     def hung_up(self) -> bool:
@@ -266,16 +266,19 @@ class TlsStream(SocketStream):
         super().ready(events)
 
     def _look_ahead(self) -> None:
-        """Read once if there is nothing to read: only what is decrypted tells what has come."""
+        """Read if there is nothing to read yet: only what is decrypted tells what has come."""
         self._socket()
-        if not (self._ahead or self._ended or self._failure):
+        if not self._has_news():
             # The next read meets what went wrong.
             with contextlib.suppress(trio.BrokenResourceError):
                 # Between what is no data yet and the end of the connection there is no event.
-                while self._read(_MIN_READ) and self._hung_up:
-                    if self._ahead or self._ended or self._failure:
-                        break
+                while self._read(_MIN_READ) and self._hung_up and not self._has_news():
+                    pass
             self._wake_others()
+
+    def _has_news(self) -> bool:
+        """Return whether a read would find something at once, without reading from the socket."""
+        return bool(self._ahead or self._ended or self._failure)
 
     def _wake_others(self) -> None:
         """Wake whom an event would have woken, which is gone with what was read."""
