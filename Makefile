@@ -58,8 +58,8 @@ test: $(BUILT) ## run the tests (TEST_FLAGS="-k name" TEST_PROCESSES=2)
 
 test-h11: $(BUILT) ## run the tests of HTTP once more, without the lane: all by tasks and h11
 	@KAMAL_PROXY_LANE=false $(PYTEST) tests/http tests/tls tests/test_embedding.py \
-	  tests/test_holding.py tests/test_lifecycle.py tests/test_rollout.py tests/e2e/test_[a-t]*.py \
-	  $(TEST_FLAGS)
+	  tests/test_holding.py tests/test_lifecycle.py tests/test_rollout.py tests/e2e/test_buffering.py \
+	  tests/e2e/test_[d-t]*.py $(TEST_FLAGS)
 
 lint: $(BUILT) ## check style, formatting and types
 	@$(BIN)/ruff check

@@ -11,10 +11,7 @@
 # While a request is in flight, its connection is the InFlight of the deployment that serves it.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport INFINITY
-
-from urllib.parse import unquote_to_bytes
 
 cdef extern from * nogil:
     """
@@ -26,10 +23,7 @@ cdef extern from * nogil:
 
 cdef enum:
     LANE_ROOM = 65536  # bytes read at once
-    LANE_HELD = 32  # of the beginning of a line between two chunks
     LANE_MAX_HEAD = 8192  # bytes; larger heads are for tasks
-    # A log line has all of two heads, and parts of it twice; a byte can become three.
-    LANE_OUTPUT = 131072
     MAX_PLANS = 1000
     RANDOM_ROOM = 4096
     ID_SIZE = 36
@@ -45,10 +39,6 @@ cdef enum LaneState:
 cdef enum Trouble:
     NOTHING_YET = -1
     BROKEN = -2
-
-cdef enum Walked:
-    ODD_LINE = -1  # from the offset of the line on, a task has to go on
-    BAD_CHUNK = -2
 
 
 cdef class Plan:
@@ -174,13 +164,9 @@ cdef class Visit(Actor):
     cdef int _status
     cdef bint _closes  # the client's connection ends with it
     cdef bint _keeps  # the target's does not
-    cdef bint _is_chunked
-    cdef bint _is_received
-    cdef int64_t _left  # of the body, or of a chunk
-    cdef int _line_end  # bytes of the CRLF after a chunk that are still to come
-    cdef int64_t _sent
+    cdef Framing _framing
     cdef uint8_t[ID_SIZE] _id
-    cdef uint8_t[LANE_HELD] _held
+    cdef uint8_t[LONGEST_LINE] _held
     cdef Py_ssize_t _held_size
     cdef bytes _odd  # what a task has to go on with once all before it is sent
     cdef str _failure  # why the target's response will never be whole
@@ -414,8 +400,7 @@ cdef class Visit(Actor):
         self._closes = head.closes
         self.was_served = True
         self._status = 0
-        self._sent = 0
-        self._is_received = False
+        self._framing.passed = 0
         self._held_size = 0
         self._gone = False
         plan.deployment.begin(self)
@@ -547,12 +532,10 @@ cdef class Visit(Actor):
         if not (_scan_response(head, data, size, self._method) and self._may_pass(head, size)):
             return self._give_away(PyBytes_FromStringAndSize(<char *>data, size), b"", None)
         body = size - head.size
-        self._is_chunked = head.length == CHUNKED_BODY
-        self._left = 0 if self._is_chunked else head.length
-        self._line_end = 0
-        body = self._walk(data + head.size, body)
+        _begin_framing(&self._framing, head.length)
+        body = _follow(&self._framing, data + head.size, body)
         if body < 0:
-            self._sent = 0
+            self._framing.passed = 0
             return self._give_away(PyBytes_FromStringAndSize(<char *>data, size), b"", None)
         self._keeps = not head.closes
         self._hold(data + head.size + body, size - head.size - body)
@@ -609,13 +592,13 @@ cdef class Visit(Actor):
                 return self._fail("the target closed the connection")
             size += self._held_size
             self._held_size = 0
-            passed = self._walk(data, size)
+            passed = _follow(&self._framing, data, size)
             if passed == BAD_CHUNK:
                 # What came before is the client's.
-                passed = self._lane._odd_at
+                passed = self._framing.odd_at
                 self._failure = "malformed chunk"
             elif passed == ODD_LINE:
-                passed = self._lane._odd_at
+                passed = self._framing.odd_at
                 self._odd = PyBytes_FromStringAndSize(<char *>data + passed, size - passed)
             else:
                 self._hold(data + passed, size - passed)
@@ -633,74 +616,14 @@ cdef class Visit(Actor):
 
     cdef int _hold(self, const uint8_t *data, Py_ssize_t size) except -1:
         """Keep the beginning of a line; what comes after the end of a response is not kept."""
-        if self._is_received:
+        if self._framing.is_received:
             if size:
                 self._keeps = False
         elif size:
-            assert size <= LANE_HELD
+            assert size <= LONGEST_LINE
             memcpy(self._held, data, size)
             self._held_size = size
         return 0
-
-    cdef Py_ssize_t _walk(self, const uint8_t *data, Py_ssize_t size) noexcept:
-        """Follow the framing of the body; return how many bytes of it can be passed on.
-
-        The rest is the incomplete beginning of a line, or comes after the end. Of a line that is
-        not ordinary, or not what ends a chunk, the lane's _odd_at is the offset.
-        """
-        cdef Py_ssize_t at = 0
-        cdef Py_ssize_t end, count
-        cdef int64_t value
-        cdef int digit
-        if not self._is_chunked:
-            count = size if size < self._left else <Py_ssize_t>self._left
-            self._left -= count
-            self._sent += count
-            self._is_received = self._left == 0
-            return count
-        while at < size:
-            if self._left:
-                count = size - at if size - at < self._left else <Py_ssize_t>self._left
-                self._left -= count
-                self._sent += count
-                at += count
-                if not self._left:
-                    self._line_end = 2
-                continue
-            if self._line_end:
-                if data[at] != (0x0D if self._line_end == 2 else 0x0A):
-                    self._lane._odd_at = at
-                    return BAD_CHUNK
-                self._line_end -= 1
-                at += 1
-                continue
-            end = at
-            value = 0
-            while end < size and end - at < LENGTH_DIGITS:
-                digit = _hex_digit(data[end])
-                if digit < 0:
-                    break
-                value = value * 16 + digit
-                end += 1
-            self._lane._odd_at = at
-            if end == size or (end + 1 == size and end > at and data[end] == 0x0D):
-                return at if end - at < LENGTH_DIGITS else ODD_LINE
-            if end == at or data[end] != 0x0D or data[end + 1] != 0x0A:
-                return ODD_LINE
-            end += 2
-            if value:
-                self._left = value
-                at = end
-            elif end < size and data[end] != 0x0D:
-                return ODD_LINE  # trailers
-            elif end + 1 >= size:
-                return at
-            elif data[end + 1] != 0x0A:
-                return ODD_LINE
-            else:
-                self._is_received = True
-                return end + 2
-        return at
 
     cdef bint _pass_on(self, iovec *parts, int count, Py_ssize_t size) except -1:
         """Send to the client, or keep what it does not take; return whether to read on."""
@@ -740,7 +663,7 @@ cdef class Visit(Actor):
         if self._failure is not None:
             self._fail(self._failure)
             return False
-        if self._is_received:
+        if self._framing.is_received:
             self._finish()
             return False
         return True
@@ -847,7 +770,7 @@ cdef class Visit(Actor):
             self._lane.give_away(
                 self, plan, self._target, upstream, self._request, request_id=self._request_id(),
                 started=self._began, remaining=remaining, unsent=unsent,
-                response=self._response or b"", sent=self._sent, received=received, reason=reason,
+                response=self._response or b"", sent=self._framing.passed, received=received, reason=reason,
             )
         except Exception:
             self._plan, self._upstream = plan, upstream
@@ -894,7 +817,7 @@ cdef class Visit(Actor):
         cdef Lane lane = self._lane
         cdef int64_t duration = _nanoseconds(CLOCK_MONOTONIC) - self._began
         lane.metrics.request(self._plan.name, METHODS[self._method], status, duration / 1e9)
-        lane._log(self, status, duration, reason)
+        lane._log.log(self, status, duration, reason)
         return 0
 
 
@@ -914,23 +837,19 @@ cdef class Lane:
     cdef readonly int client_closed
     cdef bint _validates
     cdef bint _trusts_few
-    cdef object _server, _routes, _table, _write, _read_clock, _text_of_second
+    cdef AccessLog _log
+    cdef object _server, _routes, _table, _read_clock
     cdef bytes _scheme
-    cdef int _port
     cdef dict _plans
     cdef dict _names
     cdef double _next
     cdef double _batch_time
     cdef uint64_t _batch
-    cdef bytes _second_text
-    cdef int64_t _second
-    cdef Py_ssize_t _odd_at
     cdef Head _head
-    cdef Head _answer
     cdef uint8_t[RANDOM_ROOM] _random
     cdef int _random_left
     cdef uint8_t[LANE_ROOM] _input
-    cdef uint8_t[LANE_OUTPUT] _output
+    cdef uint8_t[LANE_MAX_HEAD + 4 * GROWTH] _output
 
     def __init__(
         self,
@@ -961,11 +880,12 @@ cdef class Lane:
         self.readiness = readiness
         self._server = server
         self._routes = server.routes
-        self._write = server.log.write
         self.metrics = server.metrics
         self._read_clock = clock
         self._scheme = scheme.encode()
-        self._port = port
+        self._log = AccessLog(
+            self, server.log.write, second_text, self._scheme, port, trusts_few
+        )
         self._validates = validates
         self._trusts_few = trusts_few
         self._max_head_size = min(max_head_size, LANE_MAX_HEAD)
@@ -982,13 +902,11 @@ cdef class Lane:
         self.target_failed = target_failed
         self.client_closed = client_closed
         self.broken = broken
-        self._text_of_second = second_text
         self._plans = {}
         self._names = {}
         self._table = None
         self._next = INFINITY
         self._batch = 0
-        self._second = -1
         self._random_left = 0
 
     cdef double _now(self) except -1:
@@ -1080,151 +998,6 @@ cdef class Lane:
             at += 2
         return 0
 
-    # --- the log line, as http/access_log.py and logs.py write it ---------------------------------
-
-    cdef int _log(self, Visit visit, int status, int64_t duration, reason) except -1:
-        cdef Output out
-        cdef Head *head = &self._head
-        cdef Head *answer = &self._answer
-        cdef const Field *field
-        cdef Plan plan = visit._plan
-        cdef Span told
-        cdef bytes name, key, remote
-        _scan_request(head, _bytes_of(visit._request), len(visit._request))
-        if not _scan_response(answer, _bytes_of(visit._response), len(visit._response), visit._method):
-            raise AssertionError("a response that was read can be read again")
-        self._open_output(&out)
-        _put(&out, b'{"time":"', 9)
-        self._put_time(&out)
-        _put(&out, b'","level":"INFO","msg":"Request","host":', 40)
-        self._put_text(&out, &head.known[<int>HOST].value)
-        _put(&out, b',"port":', 8)
-        _put_number(&out, self._port)
-        _put(&out, b',"path":', 8)
-        self._put_path(&out, head)
-        _put(&out, b',"request_id":', 14)
-        if head.known[<int>REQUEST_ID] != NULL:
-            self._put_text(&out, &head.known[<int>REQUEST_ID].value)
-        else:
-            _put(&out, b'"', 1)
-            _put(&out, visit._id, ID_SIZE)
-            _put(&out, b'"', 1)
-        _put(&out, b',"status":', 10)
-        _put_number(&out, status)
-        _put(&out, b',"service":', 11)
-        _put_bytes(&out, plan._quoted)
-        _put(&out, b',"target":"', 11)
-        _put_bytes(&out, self._name_of(visit._target))
-        _put(&out, b'","duration":', 13)
-        _put_number(&out, duration)
-        _put(&out, b',"method":"', 11)
-        _put_bytes(&out, METHODS[head.method])
-        _put(&out, b'","req_content_length":', 23)
-        _put_number(&out, 0 if head.length == NO_LENGTH else head.length)
-        _put(&out, b',"req_content_type":', 20)
-        self._put_value(&out, head.known[<int>TYPE])
-        _put(&out, b',"resp_content_length":', 23)
-        _put_number(&out, visit._sent)
-        _put(&out, b',"resp_content_type":', 21)
-        self._put_value(&out, answer.known[<int>TYPE])
-        _put(&out, b',"client_addr":"', 16)
-        _put_bytes(&out, visit._client)
-        _put(&out, b'","client_port":"', 17)
-        _put_number(&out, visit.address[1])
-        _put(&out, b'","remote_addr":', 16)
-        field = head.known[<int>FORWARDED_FOR]
-        if field != NULL and not self._trusts_few:
-            self._put_value(&out, field)
-        elif field != NULL and visit._vouched:
-            remote = self.remote(visit, _copy_of(&field.value))
-            _span_of(&told, remote)
-            self._put_text(&out, &told)
-        else:
-            _put(&out, b'"', 1)
-            _put_bytes(&out, visit._client)
-            _put(&out, b'"', 1)
-        _put(&out, b',"user_agent":', 14)
-        self._put_value(&out, head.known[<int>AGENT])
-        _put(&out, b',"proto":"HTTP/1.1","scheme":"', 30)
-        _put_bytes(&out, self._scheme)
-        _put(&out, b'","query":', 10)
-        self._put_text(&out, &head.query)
-        for name, key in plan._request_names:
-            self._put_wanted(&out, head, name, key)
-        for name, key in plan._response_names:
-            self._put_wanted(&out, answer, name, key)
-        if reason is not None:
-            _put(&out, b',"reason":"', 11)
-            _put_bytes(&out, reason.encode())
-            _put(&out, b'"', 1)
-        _put(&out, b"}", 1)
-        if out.is_full:
-            raise AssertionError("a line has at most so many bytes")
-        self._write(PyUnicode_DecodeUTF8(<char *>self._output, out.at - self._output, NULL))
-        return 0
-
-    cdef int _put_time(self, Output *out) except -1:
-        """Write now as Go prints it: RFC 3339, nanoseconds without trailing zeros."""
-        cdef int64_t now = _nanoseconds(CLOCK_REALTIME)
-        cdef int64_t part = now % 1000000000
-        cdef uint8_t[10] digits
-        cdef int i, size
-        if now // 1000000000 != self._second:
-            self._second = now // 1000000000
-            self._second_text = self._text_of_second(self._second).encode()
-        _put_bytes(out, self._second_text)
-        if part:
-            digits[0] = 0x2E
-            for i in range(9, 0, -1):
-                digits[i] = 0x30 + <uint8_t>(part % 10)
-                part //= 10
-            size = 10
-            while digits[size - 1] == 0x30:
-                size -= 1
-            _put(out, digits, size)
-        _put(out, b"Z", 1)
-        return 0
-
-    cdef int _put_text(self, Output *out, const Span *span) except -1:
-        """Write a text in quotation marks."""
-        cdef Py_ssize_t i
-        for i in range(span.size):
-            if not 0x20 <= span.at[i] <= 0x7E or span.at[i] == 0x22 or span.at[i] == 0x5C:
-                _put_bytes(out, self.quoted(_copy_of(span)))
-                return 0
-        _put(out, b'"', 1)
-        _put_span(out, span)
-        _put(out, b'"', 1)
-        return 0
-
-    cdef int _put_value(self, Output *out, const Field *field) except -1:
-        if field == NULL:
-            _put(out, b'""', 2)
-            return 0
-        return self._put_text(out, &field.value)
-
-    cdef int _put_path(self, Output *out, const Head *head) except -1:
-        cdef Span decoded
-        cdef bytes path
-        if not head.has_escape:
-            return self._put_text(out, &head.path)
-        path = unquote_to_bytes(_copy_of(&head.path))
-        _span_of(&decoded, path)
-        return self._put_text(out, &decoded)
-
-    cdef int _put_wanted(self, Output *out, const Head *head, bytes name, bytes key) except -1:
-        """Write a field that an option asks for: all values of that (lower-case) name, joined."""
-        cdef Span joined
-        cdef bytes value
-        cdef list values = []
-        cdef int i
-        for i in range(head.count):
-            if _is_word(&head.fields[i].name, PyBytes_AS_STRING(name), len(name)):
-                values.append(_copy_of(&head.fields[i].value))
-        value = b",".join(values)
-        _span_of(&joined, value)
-        _put_bytes(out, key)
-        return self._put_text(out, &joined)
 
 
 _NOBODY = frozenset()
