@@ -109,9 +109,9 @@ cdef class AccessLog:
         _put(&out, b'","query":', 10)
         self._put_text(&out, &head.query)
         for name, key in plan._request_names:
-            self._put_wanted(&out, head, name, key)
+            self._put_wanted(&out, head, name, key, False)
         for name, key in plan._response_names:
-            self._put_wanted(&out, answer, name, key)
+            self._put_wanted(&out, answer, name, key, True)
         if reason is not None:
             _put(&out, b',"reason":"', 11)
             _put_bytes(&out, reason.encode())
@@ -171,13 +171,20 @@ cdef class AccessLog:
         _span_of(&decoded, path)
         return self._put_text(out, &decoded)
 
-    cdef int _put_wanted(self, Output *out, const Head *head, bytes name, bytes key) except -1:
-        """Write a field that an option asks for: all values of that (lower-case) name, joined."""
+    cdef int _put_wanted(
+        self, Output *out, const Head *head, bytes name, bytes key, bint is_response
+    ) except -1:
+        """Write a field that an option asks for: all values of that (lower-case) name, joined.
+
+        Of a response, only what the client gets.
+        """
         cdef Span joined
         cdef bytes value
         cdef list values = []
         cdef int i
         for i in range(head.count):
+            if is_response and _is_left_out(head, head.fields[i].meaning):
+                continue
             if _is_word(&head.fields[i].name, PyBytes_AS_STRING(name), len(name)):
                 values.append(_copy_of(&head.fields[i].value))
         value = b",".join(values)

@@ -376,7 +376,8 @@ cdef bint _scan_response(
     if not _scan_fields(head, data, at + 2, size, False):
         return False
     if head.status == 204 or head.status == 304:
-        if head.length != NO_LENGTH:
+        # Many say that nothing has no length; what is passed on says nothing (RFC 9110 8.6).
+        if head.length != NO_LENGTH and (head.status == 304 or head.length != 0):
             return False
         head.length = 0
         return True
@@ -543,14 +544,17 @@ cdef void _write_response(
     _put(out, b"\r\n", 2)
 
 
+cdef inline bint _is_left_out(const Head *head, Meaning meaning) noexcept nogil:
+    """Whether a field of a response goes no further; RFC 9110 8.6 has no length for a 204."""
+    return meaning == CONNECTION or meaning == KEEP_ALIVE or meaning == CODING or (
+        meaning == LENGTH and head.status == 204
+    )
+
+
 cdef void _put_response_fields(Output *out, const Head *head) noexcept nogil:
     cdef int i
-    cdef Meaning meaning
     for i in range(head.count):
-        meaning = head.fields[i].meaning
-        if (
-            meaning == PASSED or meaning == TYPE or meaning == LENGTH or meaning == BUFFERING
-        ):
+        if not _is_left_out(head, head.fields[i].meaning):
             _put_field(out, &head.fields[i])
 
 

@@ -365,6 +365,7 @@ ORDINARY_RESPONSES = {
     "HEAD": (b"HEAD", _ok("Content-Length: 123456", "Content-Type: text/html")),
     "OPTIONS": (b"OPTIONS", head("HTTP/1.1 204 No Content", "Allow: GET, HEAD")),
     "no content": (b"GET", head("HTTP/1.1 204 No Content")),
+    "no content of no length": (b"GET", head("HTTP/1.1 204 No Content", "Content-Length: 0")),
     "not modified": (b"GET", head("HTTP/1.1 304 Not Modified", 'ETag: "a"', "Cache-Control: x")),
     "not modified, of HEAD": (b"HEAD", head("HTTP/1.1 304 Not Modified")),
     "a redirect": (
@@ -420,7 +421,7 @@ ODD_RESPONSES = {
     "early hints": (b"GET", head("HTTP/1.1 103 Early Hints", "Link: </a>; rel=preload")),
     "HEAD of what comes in chunks": (b"HEAD", _ok("Transfer-Encoding: chunked")),
     "HEAD without a length": (b"HEAD", _ok("Content-Type: text/html")),
-    "no content with a length": (b"GET", head("HTTP/1.1 204 No Content", "Content-Length: 0")),
+    "no content with a length": (b"GET", head("HTTP/1.1 204 No Content", "Content-Length: 5")),
     "no content in chunks": (b"GET", head("HTTP/1.1 204 No Content", "Transfer-Encoding: chunked")),
     "not modified with a length": (
         b"GET",

@@ -117,6 +117,10 @@ CASES = {
     ),
     "201": Case(answer=answer("201 Created", "Content-Length: 2\r\nLocation: /x\r\n", b"ok")),
     "204": Case(answer=answer("204 No Content", FIELDS)),
+    "204-length": Case(
+        answer=answer("204 No Content", "Content-Length: 0\r\n"),
+        target={"log_response_headers": ("Content-Length",)},
+    ),
     "304": Case(answer=answer("304 Not Modified", 'ETag: "x"\r\n')),
     "304-length": Case(answer=answer("304 Not Modified", "Content-Length: 5\r\n"), served=False),
     "404": Case(answer=answer("404 Not Found", "Content-Length: 4\r\n", b"none")),

@@ -48,7 +48,9 @@ def is_ordinary_response(data: bytes, method: bytes) -> bool:
         return False
     has_length = "content-length" in fields
     is_chunked = "transfer-encoding" in fields
-    if line[1] in (b"204", b"304"):
+    if line[1] == b"204":
+        return fields.get("content-length", b"0") == b"0" and not is_chunked
+    if line[1] == b"304":
         return not has_length and not is_chunked
     return has_length or (is_chunked and method != b"HEAD")
 
