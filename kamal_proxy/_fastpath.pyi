@@ -4,6 +4,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from kamal_proxy.deployment import Deployment, Drain
+from kamal_proxy.http.begun import Begun
 from kamal_proxy.http.reasons import Reason
 from kamal_proxy.http.server import HttpServer
 from kamal_proxy.service import Service
@@ -210,16 +211,11 @@ class Lane:
 
     Args:
         readiness: Tells of its sockets.
-        server: Its server: ``routes``, ``log``, ``metrics`` and ``closing`` are used.
+        server: Its server, whose options and limits hold here, too.
         clock: Returns the time on Trio's clock.
-        scheme: ``http`` or ``https``.
-        port: Port for the log.
-        validates: Whether certificate authorities may look at paths of theirs.
-        trusts_few: Whether only some clients are believed.
-        max_head_size: Largest head in bytes.
-        max_fields: How many fields a request may have.
-        idle_timeout: Seconds that a connection may do nothing.
-        stall_timeout: Seconds that a client may take nothing of its response.
+        make_begun: Makes what a task is told of an exchange.
+        validation: How paths begin that certificate authorities may look at; empty if none may.
+        streamed: Types of responses that are made to be read as they come, in lower case.
         idle_age: Seconds until a kept connection to a target is too old.
         fresh_age: Likewise, for a request that must not be sent twice.
         gone_grace: Seconds that a client has which seems to have left.
@@ -239,14 +235,9 @@ class Lane:
         *,
         server: HttpServer,
         clock: Callable[[], float],
-        scheme: str,
-        port: int,
-        validates: bool,
-        trusts_few: bool,
-        max_head_size: int,
-        max_fields: int,
-        idle_timeout: float,
-        stall_timeout: float,
+        make_begun: Callable[..., Begun],
+        validation: bytes,
+        streamed: tuple[bytes, ...],
         idle_age: float,
         fresh_age: float,
         gone_grace: float,

@@ -16,7 +16,6 @@ from libc.math cimport INFINITY
 cdef extern from * nogil:
     """
     #include <sys/random.h>
-    #include <netinet/tcp.h>
     """
     ssize_t getrandom(void *, size_t, unsigned int)
     int CLOCK_REALTIME
@@ -229,14 +228,17 @@ cdef class Visit(Actor):
         self._interrupt(reason)
 
     cdef int _interrupt(self, reason) except -1:
-        if self._state == IDLE:
-            self._close(False)
-        elif self._state == AWAITING or self._state == CONNECTING:
-            self._give_away(b"", b"", reason)
-        elif self._state == RELAYING:
-            if reason is self._lane.drained:
-                self._lane.tell_drained(self._target, self._path())
-            self._cut(reason, 0)
+        try:
+            if self._state == IDLE:
+                self._close(False)
+            elif self._state == AWAITING or self._state == CONNECTING:
+                self._give_away(b"", b"", reason)
+            elif self._state == RELAYING:
+                if reason is self._lane.drained:
+                    self._lane.tell_drained(self._target, self._path())
+                self._cut(reason, 0)
+        except Exception as error:
+            self._break(error)
         return 0
 
     cdef int act(self, uint32_t events) except -1:
@@ -244,7 +246,7 @@ cdef class Visit(Actor):
         return 0
 
     cdef int _guard(self, Step step, uint32_t events) except -1:
-        """Take a step. Whatever goes wrong in it ends this connection only."""
+        """Take a step."""
         try:
             if step == CLIENT_READY:
                 self._client_ready(events)
@@ -255,10 +257,15 @@ cdef class Visit(Actor):
             else:
                 self._read_request()
         except Exception as error:
-            self._lane.tell_bug(self, error)
-            if self._state != AWAY:  # which cares for itself
-                self._let_go(False)
-                self._close(False)
+            self._break(error)
+        return 0
+
+    cdef int _break(self, error) except -1:
+        """End the connection after a bug, which must cost no other."""
+        self._lane.tell_bug(self, error)
+        if self._state != AWAY:  # which cares for itself
+            self._let_go(False)
+            self._close(False)
         return 0
 
     # --- its client -------------------------------------------------------------------------------
@@ -568,7 +575,7 @@ cdef class Visit(Actor):
             return True
         if body > head.length:
             return False
-        if not self._plan._buffers_responses or _is_made_to_stream(head):
+        if not self._plan._buffers_responses or self._lane._is_made_to_stream(head):
             return True
         return body == head.length and body <= self._plan._max_response
 
@@ -767,11 +774,13 @@ cdef class Visit(Actor):
             remaining += self._lane._rest_of(plan._timeout)
         self._go_away()
         try:
-            self._lane.give_away(
-                self, plan, self._target, upstream, self._request, request_id=self._request_id(),
+            begun = self._lane._make_begun(
+                former=self, service=plan.service, deployment=plan.deployment, target=self._target,
+                upstream=upstream, prefix=plan.stripped, request_id=self._request_id(),
                 started=self._began, remaining=remaining, unsent=unsent,
-                response=self._response or b"", sent=self._framing.passed, received=received, reason=reason,
+                response=self._response or b"", sent=self._framing.passed, received=received,
             )
+            self._lane.give_away(self, self._request, begun, reason)
         except Exception:
             self._plan, self._upstream = plan, upstream
             self._let_go(False)
@@ -835,10 +844,11 @@ cdef class Lane:
     cdef double _connect_timeout
     cdef readonly object drained, client_gone, client_stalled, target_failed, broken
     cdef readonly int client_closed
-    cdef bint _validates
+    cdef bytes _validation
+    cdef tuple _streamed
     cdef bint _trusts_few
     cdef AccessLog _log
-    cdef object _server, _routes, _table, _read_clock
+    cdef object _server, _routes, _table, _read_clock, _make_begun
     cdef bytes _scheme
     cdef dict _plans
     cdef dict _names
@@ -857,14 +867,9 @@ cdef class Lane:
         *,
         server,
         clock,
-        str scheme,
-        int port,
-        bint validates,
-        bint trusts_few,
-        Py_ssize_t max_head_size,
-        int max_fields,
-        double idle_timeout,
-        double stall_timeout,
+        make_begun,
+        bytes validation,
+        tuple streamed,
         double idle_age,
         double fresh_age,
         double gone_grace,
@@ -882,16 +887,18 @@ cdef class Lane:
         self._routes = server.routes
         self.metrics = server.metrics
         self._read_clock = clock
-        self._scheme = scheme.encode()
+        self._make_begun = make_begun
+        self._scheme = server.scheme.encode()
+        self._trusts_few = True if server.trusted_proxies else False
         self._log = AccessLog(
-            self, server.log.write, second_text, self._scheme, port, trusts_few
+            self, server.log.write, second_text, self._scheme, server.port, self._trusts_few
         )
-        self._validates = validates
-        self._trusts_few = trusts_few
-        self._max_head_size = min(max_head_size, LANE_MAX_HEAD)
-        self._max_fields = max_fields
-        self.idle_timeout = idle_timeout
-        self.stall_timeout = stall_timeout
+        self._validation = validation
+        self._streamed = streamed
+        self._max_head_size = min(server.options.max_head_size, LANE_MAX_HEAD)
+        self._max_fields = server.options.max_headers
+        self.idle_timeout = server.options.idle_timeout
+        self.stall_timeout = server.options.stall_timeout
         self.idle_age = idle_age
         self.fresh_age = fresh_age
         self.gone_grace = gone_grace
@@ -927,7 +934,7 @@ cdef class Lane:
         return self._next
 
     def sweep(self, visits):
-        """End what takes too long; return when that is to be looked at again."""
+        """End what takes too long."""
         cdef double now = self._read_clock()
         cdef double next = INFINITY
         cdef Visit visit
@@ -946,8 +953,8 @@ cdef class Lane:
             self._table = table
             self._plans.clear()
             self._names.clear()
-        if self._validates and head.path.size >= 28 and (
-            memcmp(head.path.at, b"/.well-known/acme-challenge/", 28) == 0
+        if self._validation and head.path.size >= len(self._validation) and (
+            memcmp(head.path.at, PyBytes_AS_STRING(self._validation), len(self._validation)) == 0
         ):
             return None
         host = _copy_of(&head.known[<int>HOST].value)
@@ -964,6 +971,29 @@ cdef class Lane:
             if plan._takes(&head.path):
                 return plan if plan._is_open else None
         return None
+
+    cdef bint _is_made_to_stream(self, const Head *head) noexcept:
+        """Return whether a response is made to be read as it comes; see http.headers.is_streamed."""
+        cdef const Field *field = head.known[<int>BUFFERING]
+        cdef Span kind
+        cdef Py_ssize_t size = 0
+        cdef bytes streamed
+        if field != NULL and _is_word(&field.value, b"no", 2):
+            return True
+        field = head.known[<int>TYPE]
+        if field == NULL:
+            return False
+        kind = field.value
+        while size < kind.size and kind.at[size] != 0x3B:
+            size += 1
+        kind.size = size
+        while kind.size and kind.at[kind.size - 1] == 0x20:
+            kind.size -= 1
+        for streamed in self._streamed:
+            if _is_word(&kind, PyBytes_AS_STRING(streamed), len(streamed)):
+                return True
+        kind.size = 16
+        return field.value.size >= 16 and _is_word(&kind, b"application/grpc", 16)
 
     cdef bytes _name_of(self, target):
         name = self._names.get(target)
@@ -999,7 +1029,6 @@ cdef class Lane:
         return 0
 
 
-
 _NOBODY = frozenset()
 cdef const uint8_t *_HEX = <const uint8_t *>b"0123456789abcdef"
 
@@ -1025,33 +1054,3 @@ cdef bytes _joined(const iovec *parts, int count):
     memcpy(PyBytes_AS_STRING(joined), parts[0].iov_base, parts[0].iov_len)
     memcpy(PyBytes_AS_STRING(joined) + parts[0].iov_len, parts[1].iov_base, parts[1].iov_len)
     return joined
-
-
-cdef bint _is_made_to_stream(const Head *head) noexcept nogil:
-    """Return whether a response is made to be read as it comes; see http.headers.is_streamed."""
-    cdef const Field *field = head.known[<int>BUFFERING]
-    cdef Span kind
-    cdef Py_ssize_t size = 0
-    if field != NULL and _is_word(&field.value, b"no", 2):
-        return True
-    field = head.known[<int>TYPE]
-    if field == NULL:
-        return False
-    kind = field.value
-    while size < kind.size and kind.at[size] != 0x3B:
-        size += 1
-    kind.size = size
-    while kind.size and kind.at[kind.size - 1] == 0x20:
-        kind.size -= 1
-    if (
-        _is_word(&kind, b"text/event-stream", 17)
-        or _is_word(&kind, b"application/x-ndjson", 20)
-        or _is_word(&kind, b"application/jsonl", 17)
-        or _is_word(&kind, b"application/json-seq", 20)
-        or _is_word(&kind, b"application/stream+json", 23)
-        or _is_word(&kind, b"application/x-json-stream", 25)
-        or _is_word(&kind, b"multipart/x-mixed-replace", 25)
-    ):
-        return True
-    kind.size = 16
-    return field.value.size >= 16 and _is_word(&kind, b"application/grpc", 16)

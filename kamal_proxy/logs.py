@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_PENDING = 8 * 1024 * 1024  # bytes of log kept while nobody reads it
-_FILE_WRITE = 256 * 1024
+_FILE_WRITE = 256 * 1024  # bytes at once, where that never blocks
 _PIPE_BUF = 4096  # a pipe that polls writable takes this much without blocking (pipe(7))
 _FLUSH_AT_EXIT = 1.0  # seconds
 

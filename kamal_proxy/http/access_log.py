@@ -90,6 +90,16 @@ def _value(headers: HeaderPairs, name: bytes) -> bytes:
     return b""
 
 
+def wanted_key(prefix: str, name: str) -> str:
+    """Return the key of a field that an option asks for.
+
+    Args:
+        prefix: ``req`` or ``resp``.
+        name: Name of the field.
+    """
+    return f"{prefix}_{name.lower().replace('-', '_')}"
+
+
 def _wanted_headers(
     head: RequestHead, response: HeaderPairs, options: TargetOptions
 ) -> list[tuple[str, bytes]]:
@@ -97,7 +107,7 @@ def _wanted_headers(
     request = [(raw, value) for _, raw, value in head.headers]
     return [
         (
-            f"{prefix}_{name.lower().replace('-', '_')}",
+            wanted_key(prefix, name),
             b",".join(value for raw, value in headers if raw.lower() == name.lower().encode()),
         )
         for prefix, names, headers in (

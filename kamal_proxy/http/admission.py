@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kamal_proxy.http.codec import RequestHead
     from kamal_proxy.service import Service
 
-_VALIDATION = b"/.well-known/acme-challenge/"
+VALIDATION = b"/.well-known/acme-challenge/"
 _PROBING = frozenset({b"GET", b"HEAD"})
 
 
@@ -134,9 +134,9 @@ class Admission:
 
         Whatever else begins with that path is the service's business.
         """
-        if self._server.validation is None or not self.destination.path.startswith(_VALIDATION):
+        if self._server.validation is None or not self.destination.path.startswith(VALIDATION):
             return False
-        token = self.destination.path.removeprefix(_VALIDATION).decode("ascii", "replace")
+        token = self.destination.path.removeprefix(VALIDATION).decode("ascii", "replace")
         answer = await self._server.validation(token)
         if answer is None:
             return False

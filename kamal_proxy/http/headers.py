@@ -64,7 +64,7 @@ _REQUEST_DROPPED = frozenset(
 _LENGTH_EXPECTED = frozenset({b"PATCH", b"POST", b"PUT"})
 
 # Of a type that is made to be read as it comes.
-_STREAMED_TYPES = frozenset(
+STREAMED_TYPES = frozenset(
     {
         b"application/json-seq",
         b"application/jsonl",
@@ -339,7 +339,7 @@ def is_streamed(head: ResponseHead) -> bool:
     if head.length < 0 or head.get(b"x-accel-buffering").lower() == b"no":
         return True
     content_type = head.get(b"content-type")
-    return content_type.partition(b";")[0].strip().lower() in _STREAMED_TYPES or is_grpc(
+    return content_type.partition(b";")[0].strip().lower() in STREAMED_TYPES or is_grpc(
         content_type
     )
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from kamal_proxy import _fastpath
+from kamal_proxy.http.access_log import wanted_key
+from kamal_proxy.http.admission import VALIDATION
 from kamal_proxy.http.begun import Begun
 from kamal_proxy.http.connection import ClientConnection
 from kamal_proxy.http.downstream import GONE_GRACE
 from kamal_proxy.http.forwarded import nearest_untrusted
-from kamal_proxy.http.headers import hops_of
+from kamal_proxy.http.headers import STREAMED_TYPES, hops_of
 from kamal_proxy.http.reasons import CLIENT_CLOSED_REQUEST, Reason
 from kamal_proxy.http.upstream import CONNECT_TIMEOUT, FRESH_AGE, MAX_IDLE_AGE
 from kamal_proxy.logs import second_text, text
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from kamal_proxy._fastpath import Plan, Visit
     from kamal_proxy.deployment import Target
     from kamal_proxy.http.server import HttpServer
-    from kamal_proxy.http.upstream import UpstreamConnection
     from kamal_proxy.listeners import Address, Clients
     from kamal_proxy.router import RoutingTable
     from kamal_proxy.service import Service
@@ -54,14 +55,9 @@ class Lane(_fastpath.Lane):
             poller,
             server=server,
             clock=trio.current_time,
-            scheme=server.scheme,
-            port=server.port,
-            validates=server.validation is not None,
-            trusts_few=bool(server.trusted_proxies),
-            max_head_size=server.options.max_head_size,
-            max_fields=server.options.max_headers,
-            idle_timeout=server.options.idle_timeout,
-            stall_timeout=server.options.stall_timeout,
+            make_begun=Begun,
+            validation=b"" if server.validation is None else VALIDATION,
+            streamed=tuple(STREAMED_TYPES),
             idle_age=MAX_IDLE_AGE,
             fresh_age=FRESH_AGE,
             gone_grace=GONE_GRACE,
@@ -141,7 +137,7 @@ class Lane(_fastpath.Lane):
         target_options = service.target_options
         requested, answered = (
             [
-                (name.lower().encode(), f",{text(f'{kind}_{_key(name)}'.encode())}:".encode())
+                (name.lower().encode(), f",{text(wanted_key(kind, name).encode())}:".encode())
                 for name in names
             ]
             for kind, names in (
@@ -206,59 +202,17 @@ class Lane(_fastpath.Lane):
         connection.codec.receive_head_data(data)
         self._attend(visit, connection)
 
-    def give_away(
-        self,
-        visit: Visit,
-        plan: Plan,
-        target: Target,
-        upstream: UpstreamConnection | None,
-        request: bytes,
-        *,
-        request_id: bytes,
-        started: int,
-        remaining: float,
-        unsent: bytes,
-        response: bytes,
-        sent: int,
-        received: bytes,
-        reason: Reason | None,
-    ) -> None:
-        """Let a task go on with an exchange; see :class:`Begun`.
+    def give_away(self, visit: Visit, request: bytes, begun: Begun, reason: Reason | None) -> None:
+        """Let a task go on with an exchange.
 
         Args:
             visit: The connection.
-            plan: What was known of the service.
-            target: The target that was chosen.
-            upstream: The connection to it, if there is one.
             request: The whole request.
-            request_id: Its id.
-            started: When it began.
-            remaining: Seconds that are left for the response.
-            unsent: What the target has not got of it.
-            response: Head of the response, if the client has got it.
-            sent: What it has got of its body, in bytes.
-            received: What else has come from the target.
+            begun: What has become of it.
             reason: Why the exchange ends here, if it does.
         """
         connection = self._connection(visit)
-        connection.go_on(
-            request,
-            Begun(
-                visit,
-                plan.service,
-                plan.deployment,
-                target,
-                upstream,
-                plan.stripped,
-                request_id,
-                started,
-                remaining,
-                unsent,
-                response,
-                sent,
-                received,
-            ),
-        )
+        connection.go_on(request, begun)
         if reason is not None:
             connection.cancel(reason)
         self._attend(visit, connection)
@@ -344,7 +298,3 @@ class Lane(_fastpath.Lane):
 def _lower(limit: int, other: int) -> int:
     """Return the lower limit, where 0 is none for the second one."""
     return min(limit, other) if other else limit
-
-
-def _key(name: str) -> str:
-    return name.lower().replace("-", "_")
