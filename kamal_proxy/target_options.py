@@ -7,7 +7,7 @@ service that the targets belong to. Pure.
 from __future__ import annotations
 
 import re
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import attrs
 
@@ -22,6 +22,9 @@ from kamal_proxy.rules import (
     texts,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 TargetScheme: TypeAlias = Literal["http", "h2c"]
 
 # The original's pattern, ASCII only: a name or IPv4 address of two characters or more.
@@ -33,6 +36,17 @@ _HEADER_HOST = re.compile(r"[^\x00-\x20\x7f/?#@]+")
 def path_prefix(value: str) -> str:
     """Normalise a path prefix to a slash and the trimmed rest."""
     return "/" + value.strip("/")
+
+
+def header_names(values: Iterable[str] | None) -> tuple[str, ...]:
+    """Write names of header fields as the Go proxy does and saves them, such as ``X-Request-Id``.
+
+    What is no name stays as it is, for the sentence that refuses it.
+    """
+    return tuple(
+        "-".join(map(str.capitalize, name.split("-"))) if _HEADER_NAME.fullmatch(name) else name
+        for name in texts(values)
+    )
 
 
 def require_header_name(option: str, name: str) -> None:
@@ -177,8 +191,8 @@ class TargetOptions:
     max_memory_buffer_size: int = 1024 * 1024
     max_request_body_size: int = 0
     max_response_body_size: int = 0
-    log_request_headers: tuple[str, ...] = attrs.field(default=(), converter=texts)
-    log_response_headers: tuple[str, ...] = attrs.field(default=(), converter=texts)
+    log_request_headers: tuple[str, ...] = attrs.field(default=(), converter=header_names)
+    log_response_headers: tuple[str, ...] = attrs.field(default=(), converter=header_names)
     forward_headers: bool | None = None
     scope_cookie_paths: bool = False
     path_timeouts: tuple[PathTimeout, ...] = ()

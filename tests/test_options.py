@@ -475,3 +475,8 @@ def test_the_secret_of_an_account_is_not_shown() -> None:
 def test_certificates_are_kept_in_the_data_directory() -> None:
     assert RunOptions().certificates_path is None
     assert RunOptions(data_directory=Path("/d")).certificates_path == Path("/d/certs")
+
+
+def test_names_of_logged_headers_are_written_as_the_go_proxy_writes_them() -> None:
+    options = TargetOptions(log_request_headers=("x-request-ID", "A", "b c", "etag-"))
+    assert options.log_request_headers == ("X-Request-Id", "A", "b c", "Etag-")
