@@ -20,11 +20,16 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfil
 export FUZZ_EXAMPLES ?= 20000
 export LEAK_ROUNDS ?= 1000000
 HEADS ?= 5000000
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+DOCKER ?= docker
+DOCKER_FLAGS ?=
+BASE ?= debian:trixie-slim
+IMAGE ?= kamal-proxy:v$(VERSION)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build demo demo-udp run test test-h11 lint format bench bench-udp sanitize fuzz
-.PHONY: fuzz-heads soak clean
+.PHONY: fuzz-heads soak docker test-docker clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -75,6 +80,16 @@ bench: $(BUILT) ## measure CPU per request and memory beside nginx, HAProxy, Cad
 
 bench-udp: $(BUILT) ## measure CPU per datagram beside nginx and a bare C relay (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.udp $(BENCH_FLAGS)
+
+docker: ## build the container image (IMAGE=kamal-proxy:v<version> BASE=debian:trixie-slim)
+	@$(DOCKER) build $(DOCKER_FLAGS) --build-arg BASE=$(BASE) --build-arg VERSION=$(VERSION) \
+	  --tag $(IMAGE) .
+	@$(DOCKER) image inspect --format '$(IMAGE) is built, {{.Size}} bytes' $(IMAGE)
+
+test-docker: $(BUILT) ## build the image, and be Kamal to it; as root, on Debian (docker.io, debootstrap)
+	@.ci/with-docker sh -ec '"$$@"; KAMAL_PROXY_TEST_IMAGE=$(IMAGE) \
+	  $(BIN)/python -m pytest tests/docker $(TEST_FLAGS)' \
+	  - $(MAKE) --no-print-directory docker DOCKER_FLAGS='--network host --quiet'
 
 sanitize: $(BUILT) ## test the extension under AddressSanitizer and for leaks (LEAK_ROUNDS=1000000)
 	@.ci/sanitize $(BIN)/python
