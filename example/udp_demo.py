@@ -14,32 +14,21 @@ import re
 import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
-from subprocess import PIPE
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 import trio
 from rich.console import Console
 from rich.table import Table
 
-from example.demo import (
-    CROSSINGS_SHOWN,
-    HERE,
-    START_SECONDS,
-    Demo,
-    DemoError,
-    Instance,
-    Settings,
-    as_typed,
-    free_port,
-    leaves,
-)
-from example.footprint import MIB, Growth, descriptors_of, memory_of
+from example.demo import CROSSINGS_SHOWN, Demo, Settings
 from example.sessions import Sessions, judge_sessions
-from example.verdict import Deploy, Verdict
+from example.stage import DemoError, free_port, leaves, milliseconds
 
-SERVICE = "game"
+if TYPE_CHECKING:
+    from example.footprint import Growth
+    from example.verdict import Verdict
 
 
 @attrs.frozen(kw_only=True)
@@ -64,117 +53,55 @@ class UdpSettings(Settings):
 class UdpDemo(Demo):
     """One run with a UDP service instead of a web application."""
 
+    service: ClassVar = "game"
+    script: ClassVar = "udpserver.py"
+
     settings: UdpSettings
     udp_port: int
     completed: int = 0
     cut: int = 0
 
-    async def _drive(self, proxy: int, nursery: trio.Nursery) -> Growth:
-        settings = self.settings
-        current = await self._start_instance(1)
-        descriptors = descriptors_of(proxy)
-        await self._deploy(current)
-        load = await self._start_load()
-        self.say(
-            f"load: {settings.connections} players send {settings.rate:g} packets/s, in matches of "
-            f"{settings.match_seconds:g} s at most"
-        )
-        reader_done = trio.Event()
-        nursery.start_soon(self._read_load, load, reader_done)
-        nursery.start_soon(self._report_progress)
-        for number in range(1, settings.switches + 1):
-            await trio.sleep(settings.steady)
-            if number == min(2, settings.switches):  # what a first switch loads is no leak
-                memory = memory_of(proxy)
-            self.say(f"switch {number} of {settings.switches}", "bold")
-            current = await self._switch(current, number + 1)
-        await trio.sleep(settings.steady)
-        growth = Growth(
-            memory, memory_of(proxy), round(settings.max_growth * MIB), descriptors, descriptors
-        )
-        assert load.stdin is not None
-        await load.stdin.aclose()
-        await reader_done.wait()
-        await self._command("remove", SERVICE)
-        with trio.move_on_after(settings.settle_seconds):
-            # Another process offers no event to wait for.
-            while descriptors_of(proxy) > descriptors:  # noqa: ASYNC110
-                await trio.sleep(0.05)
-        return attrs.evolve(growth, descriptors_after=descriptors_of(proxy))
-
-    async def _start_instance(self, number: int) -> Instance:
-        version = "v1" if number % 2 else "v2"
-        name = f"{version}#{number}"
-        process = await self._open(
-            [
-                sys.executable,
-                str(HERE / "udpserver.py"),
-                "--port=0",
-                f"--version={version}",
-                f"--name={name}",
-                f"--boot-seconds={self.settings.boot_seconds}",
-            ],
-            stdout=PIPE,
-        )
-        assert process.stdout is not None
-        with trio.move_on_after(START_SECONDS):
-            line = (await process.stdout.receive_some()).decode()
-            if found := re.search(r"listening on (\S+)", line):
-                self.say(f"{name} started, needs {self.settings.boot_seconds:g} s to boot")
-                return Instance(name, found[1], process)
-        raise DemoError(f"{name} did not start")
-
-    async def _deploy(self, instance: Instance) -> None:
-        self._expected = instance.name
-        began = time.monotonic()
-        await self._command(
+    async def _deploy_target(self, target: str) -> None:
+        printed = await self.command(
             "deploy-udp",
-            SERVICE,
-            f"--target={instance.target}",
+            self.service,
+            f"--target={target}",
             f"--port={self.udp_port}",
             "--zero-downtime",
             f"--session-timeout={self.settings.session_seconds:g}s",
         )
-        deploy = Deploy(instance.name, began, time.monotonic())
-        self.deploys.append(deploy)
-        self.say(f"deploy returned after {deploy.returned - deploy.began:.2f} s")
-
-    async def _command(self, *arguments: str) -> None:
-        command = [str(self.settings.proxy), *arguments]
-        self.say(f"$ {as_typed(command)}", "cyan")
-        done = await trio.run_process(
-            command,
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            env=self._environment(),
-            start_new_session=True,
-        )
-        if done.returncode:
-            raise DemoError(f"{as_typed(command)} failed:\n{done.stderr.decode()}")
-        for line in done.stdout.decode().splitlines():
-            self.say(line)
-            if found := re.fullmatch(r"(\d+) sessions? completed, (\d+) cut", line):
-                self.completed += int(found[1])
-                self.cut += int(found[2])
+        self.say(printed.rstrip())
+        completed, cut = sessions_in(printed)
+        self.completed += completed
+        self.cut += cut
 
     async def _start_load(self) -> trio.Process:
         settings = self.settings
-        return await self._open(
-            [
-                sys.executable,
-                "-m",
-                "example.udp_load",
-                f"--port={self.udp_port}",
-                f"--rate={settings.rate}",
-                f"--players={settings.connections}",
-                f"--match-seconds={settings.match_seconds}",
-                f"--keep-seconds={settings.session_seconds + 2}",
-            ],
-            stdin=PIPE,
-            stdout=PIPE,
-            cwd=HERE.parent,
+        load = await self.start_load(
+            "example.udp_load",
+            f"--port={self.udp_port}",
+            f"--rate={settings.rate}",
+            f"--players={settings.connections}",
+            f"--match-seconds={settings.match_seconds}",
+            f"--keep-seconds={settings.session_seconds + 2}",
         )
+        self.say(
+            f"load: {settings.connections} players send {settings.rate:g} packets/s, in matches of "
+            f"{settings.match_seconds:g} s at most"
+        )
+        return load
+
+
+def sessions_in(printed: str) -> tuple[int, int]:
+    """Return how many sessions were completed, and cut, by what ``deploy-udp`` printed.
+
+    Raises:
+        DemoError: it does not say.
+    """
+    found = re.match(r"(\d+) sessions? completed, (\d+) cut", printed)
+    if found is None:
+        raise DemoError(f"the deploy does not say what became of its sessions: {printed!r}")
+    return int(found[1]), int(found[2])
 
 
 def show(demo: UdpDemo, verdict: Verdict, sessions: Sessions, growth: Growth) -> None:
@@ -205,10 +132,10 @@ def show(demo: UdpDemo, verdict: Verdict, sessions: Sessions, growth: Growth) ->
             "from the command to the end of the last old session",
             _longest([d.returned - d.began for d, _ in redeploys]),
         ),
-        ("median answer", _milliseconds(verdict.median)),
-        ("99th percentile", _milliseconds(verdict.p99)),
-        ("slowest answer", _milliseconds(verdict.slowest)),
-        ("slowest answer during a redeploy", _milliseconds(verdict.slowest_switching)),
+        ("median answer", milliseconds(verdict.median)),
+        ("99th percentile", milliseconds(verdict.p99)),
+        ("slowest answer", milliseconds(verdict.slowest)),
+        ("slowest answer during a redeploy", milliseconds(verdict.slowest_switching)),
         ("memory of the proxy, before and after", growth.memory_text),
         ("its descriptors, before the first deploy and after all", growth.descriptors_text),
     ):
@@ -227,32 +154,12 @@ def is_clean(demo: UdpDemo, verdict: Verdict, sessions: Sessions) -> bool:
     return verdict.clean and sessions.clean and not demo.cut
 
 
-def free_udp_port(preferred: int) -> int:
-    """Return the first free UDP port from ``preferred`` on; any free one if that is 0.
-
-    Raises:
-        DemoError: the next hundred are all taken.
-    """
-    for port in range(preferred, preferred + 100):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise DemoError(f"no free UDP port from {preferred} on")
-
-
 def _joined(counts: tuple[int, ...]) -> str:
     return " + ".join(map(str, counts)) if len(counts) <= CROSSINGS_SHOWN else f"{sum(counts):,}"
 
 
 def _longest(seconds: list[float]) -> str:
     return f"{max(seconds):.2f} s at most" if seconds else "never"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms"
 
 
 def settings_from(argv: list[str] | None) -> UdpSettings:
@@ -282,11 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="kamal-proxy-demo-") as folder:
             demo = UdpDemo(
-                settings=settings,
-                port=free_port(settings.port),
-                udp_port=free_udp_port(settings.udp_port),
+                program=settings.proxy,
                 folder=Path(folder),
                 console=Console(),
+                settings=settings,
+                port=free_port(settings.port),
+                udp_port=free_port(settings.udp_port, socket.SOCK_DGRAM),
             )
             verdict, growth = trio.run(demo.run)
     except* (DemoError, OSError) as group:
