@@ -84,6 +84,10 @@ class Demo(Stage):
     _expected: str = ""
 
     @property
+    def _server_flags(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def _certificate(self) -> Path:
         return self.folder / "certificate.pem"
 
@@ -143,7 +147,10 @@ class Demo(Stage):
     async def _start_instance(self, number: int) -> Instance:
         version = "v1" if number % 2 else "v2"
         boot_seconds = self.settings.boot_seconds
-        return await self.start_server(self.script, version, f"{version}#{number}", boot_seconds)
+        name = f"{version}#{number}"
+        return await self.start_server(
+            self.script, version, name, boot_seconds, *self._server_flags
+        )
 
     async def _deploy(self, instance: Instance) -> None:
         self._expected = instance.name

@@ -108,9 +108,9 @@ class Stage:
         raise DemoError(f"the proxy did not listen within {START_SECONDS:g} s\n{self._log_end()}")
 
     async def start_server(
-        self, script: str, version: str, name: str, boot_seconds: float
+        self, script: str, version: str, name: str, boot_seconds: float, *flags: str
     ) -> Instance:
-        """Start webapp.py or udpserver.py on any free port."""
+        """Start webapp.py or udpserver.py on any free port, with further flags of its own."""
         process = await self.open(
             [
                 sys.executable,
@@ -119,6 +119,7 @@ class Stage:
                 f"--version={version}",
                 f"--name={name}",
                 f"--boot-seconds={boot_seconds}",
+                *flags,
             ],
             stdout=PIPE,
         )

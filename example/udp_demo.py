@@ -61,6 +61,10 @@ class UdpDemo(Demo):
     completed: int = 0
     cut: int = 0
 
+    @property
+    def _server_flags(self) -> tuple[str, ...]:
+        return (forget_flag(self.settings.session_seconds),)
+
     async def _deploy_target(self, target: str) -> None:
         printed = await self.command(
             "deploy-udp",
@@ -90,6 +94,14 @@ class UdpDemo(Demo):
             f"{settings.match_seconds:g} s at most"
         )
         return load
+
+
+def forget_flag(session_seconds: float) -> str:
+    """Return what lets a server forget a client just before the proxy ends its session.
+
+    From then on another session may come from the same port of the proxy.
+    """
+    return f"--forget-seconds={0.9 * session_seconds:g}"
 
 
 def sessions_in(printed: str) -> tuple[int, int]:

@@ -18,7 +18,6 @@ import time
 from collections import OrderedDict
 from typing import TypeAlias
 
-HOST = "127.0.0.1"
 MAX_PACKET = 65535
 MAX_ECHO = 1200  # bytes of a packet that are sent back
 MAX_PLAYERS = 10_000
@@ -29,14 +28,21 @@ Address: TypeAlias = tuple[str, int]
 
 
 class Players:
-    """The clients and how many packets each has sent; the one silent for longest is forgotten."""
+    """The clients and how many packets each has sent.
 
-    def __init__(self) -> None:
-        self._packets: OrderedDict[Address, int] = OrderedDict()
+    If there are too many, the one silent for longest is forgotten. One that was silent for longer
+    than ``forget_seconds`` is another one: sooner or later somebody else gets a port that is free.
+    """
 
-    def count(self, client: Address) -> int:
+    def __init__(self, forget_seconds: float) -> None:
+        self._forget_seconds = forget_seconds
+        self._packets: OrderedDict[Address, tuple[int, float]] = OrderedDict()
+
+    def count(self, client: Address, now: float) -> int:
         """Count a packet of a client; return how many it has sent."""
-        packets = self._packets[client] = self._packets.get(client, 0) + 1
+        packets, last = self._packets.get(client, (0, now))
+        packets = 1 if now - last > self._forget_seconds else packets + 1
+        self._packets[client] = packets, now
         self._packets.move_to_end(client)
         if len(self._packets) > MAX_PLAYERS:
             self._packets.popitem(last=False)
@@ -60,9 +66,9 @@ def unwrapped(packet: bytes) -> tuple[Address, bytes]:
     return (str(address), port), packet[end:]
 
 
-def serve(sock: socket.socket, name: str, *, proxy_protocol: bool) -> None:
+def serve(sock: socket.socket, name: str, *, forget_seconds: float, proxy_protocol: bool) -> None:
     """Answer packets for ever; with the PROXY protocol, the answer names the client as well."""
-    players = Players()
+    players = Players(forget_seconds)
     while True:
         packet, peer = sock.recvfrom(MAX_PACKET)
         client, told = peer, ""
@@ -72,7 +78,9 @@ def serve(sock: socket.socket, name: str, *, proxy_protocol: bool) -> None:
             except ValueError:
                 continue  # it did not come through the proxy
             told = f"{client[0]} "
-        answer = f"{name} {players.count(client)} {told}".encode() + packet[:MAX_ECHO]
+        answer = (
+            f"{name} {players.count(client, time.monotonic())} {told}".encode() + packet[:MAX_ECHO]
+        )
         sock.sendto(answer, peer)
 
 
@@ -85,7 +93,7 @@ def accept(listener: socket.socket, boot_seconds: float) -> None:
         connection.close()
 
 
-def bound(port: int, health_port: int) -> tuple[socket.socket, socket.socket]:
+def bound(host: str, port: int, health_port: int) -> tuple[socket.socket, socket.socket]:
     """Return a UDP socket and a TCP socket that refuses connections until it listens.
 
     Raises:
@@ -98,8 +106,8 @@ def bound(port: int, health_port: int) -> tuple[socket.socket, socket.socket]:
         tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            udp.bind((HOST, port))
-            tcp.bind((HOST, health_port or udp.getsockname()[1]))
+            udp.bind((host, port))
+            tcp.bind((host, health_port or udp.getsockname()[1]))
             return udp, tcp
         except OSError:
             udp.close()
@@ -110,6 +118,7 @@ def bound(port: int, health_port: int) -> tuple[socket.socket, socket.socket]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A small UDP server to deploy.")
+    parser.add_argument("--host", default="127.0.0.1", help="address (%(default)s)")
     parser.add_argument("--port", type=int, default=7000, help="0 takes a free one (%(default)s)")
     parser.add_argument("--version", default="v1", help="named in every answer (%(default)s)")
     parser.add_argument("--name", help="of this instance, named instead of the version")
@@ -126,18 +135,29 @@ def main(argv: list[str] | None = None) -> None:
         help="refuse connections for so long, as a slow start would (%(default)s)",
     )
     parser.add_argument(
+        "--forget-seconds",
+        type=float,
+        default=60.0,
+        help="count a client anew that was silent for longer (%(default)s)",
+    )
+    parser.add_argument(
         "--proxy-protocol",
         action="store_true",
         help="each packet begins with a header that names its client (PROXY protocol 2)",
     )
     options = parser.parse_args(argv)
     name = options.name or options.version
-    udp, tcp = bound(options.port, options.health_port)
+    udp, tcp = bound(options.host, options.port, options.health_port)
     with udp, tcp:
-        print(f"{name} listening on {HOST}:{udp.getsockname()[1]}", flush=True)
+        print(f"{name} listening on {options.host}:{udp.getsockname()[1]}", flush=True)
         threading.Thread(target=accept, args=(tcp, options.boot_seconds), daemon=True).start()
         try:
-            serve(udp, name, proxy_protocol=options.proxy_protocol)
+            serve(
+                udp,
+                name,
+                forget_seconds=options.forget_seconds,
+                proxy_protocol=options.proxy_protocol,
+            )
         except KeyboardInterrupt:
             print(f"{name} stopped", flush=True)
 

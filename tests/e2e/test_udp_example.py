@@ -92,13 +92,18 @@ def test_a_header_of_either_version_of_ip() -> None:
 
 
 def test_the_player_who_was_silent_for_longest_is_forgotten() -> None:
-    players = Players()
+    players = Players(60)
     for port in range(MAX_PLAYERS):
-        assert players.count((LOCALHOST, port)) == 1
-    assert players.count((LOCALHOST, 0)) == 2
-    assert players.count((LOCALHOST, MAX_PLAYERS)) == 1
-    assert players.count((LOCALHOST, 0)) == 3
-    assert players.count((LOCALHOST, 1)) == 1, "somebody had to go"
+        assert players.count((LOCALHOST, port), 0) == 1
+    assert players.count((LOCALHOST, 0), 0) == 2
+    assert players.count((LOCALHOST, MAX_PLAYERS), 0) == 1
+    assert players.count((LOCALHOST, 0), 0) == 3
+    assert players.count((LOCALHOST, 1), 0) == 1, "somebody had to go"
+
+
+def test_who_comes_back_to_a_port_much_later_is_another_player() -> None:
+    players = Players(2)
+    assert [players.count((LOCALHOST, 1), now) for now in (0, 2, 3.5, 5.6, 6)] == [1, 2, 3, 1, 2]
 
 
 # --- the load ------------------------------------------------------------------------------------
