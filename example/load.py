@@ -19,7 +19,12 @@ import ssl
 import sys
 import threading
 import time
-from typing import NamedTuple, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 HOST = "localhost"
 TIMEOUT = 10.0
@@ -78,16 +83,17 @@ class Transport(Protocol):
         """Close the connection; the next request opens it again."""
 
 
-def transport(port: int, number: int, ca: str) -> Transport:
+def transport(port: int, number: int, ca: str, host: str = "127.0.0.1") -> Transport:
     """Return the connection of one client.
 
     Args:
         port: Where the proxy listens.
         number: Which client it is.
         ca: A file of the certificate that is trusted; empty for plain HTTP.
+        host: Where the proxy is, for plain HTTP; with TLS it is on this machine.
     """
     if not ca:
-        return Connection("127.0.0.1", port, timeout=TIMEOUT)
+        return Connection(host, port, timeout=TIMEOUT)
     context = ssl.create_default_context(cafile=ca)
     if number % 2 == 0:
         return SecureConnection(HOST, port, timeout=TIMEOUT, context=context)
@@ -160,8 +166,41 @@ def slow(client: Client, longest: float, done: threading.Event, out: queue.Queue
     client.close()
 
 
+def record(
+    workers: Iterable[Callable[[threading.Event, queue.Queue[str]], None]], seconds: float | None
+) -> None:
+    """Run each worker in a thread, and print what they put in the queue, line by line.
+
+    Args:
+        workers: Each returns when the event is set.
+        seconds: When to set it; None means when standard input ends.
+    """
+    done = threading.Event()
+    out: queue.Queue[str] = queue.Queue()
+    running: list[Future[None]] = []
+
+    def stop() -> None:
+        if seconds is None:
+            sys.stdin.buffer.read()
+        else:
+            time.sleep(seconds)
+        done.set()
+        wait(running)
+        out.put("")
+
+    todo = list(workers)
+    with ThreadPoolExecutor(len(todo) + 1) as threads:
+        running += [threads.submit(worker, done, out) for worker in todo]
+        threads.submit(stop)
+        while line := out.get():
+            print(line, flush=True)
+    for worker in running:
+        worker.result()  # what went wrong in it, if anything
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Steady keep-alive load with a record of it.")
+    parser.add_argument("--host", default="127.0.0.1", help="of plain HTTP (%(default)s)")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second, in all")
@@ -171,38 +210,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ca", default="", help="use TLS, and trust the certificate in this file")
     options = parser.parse_args(argv)
 
-    done = threading.Event()
-    out: queue.Queue[str] = queue.Queue()
     interval = options.connections / options.rate
 
     def client(kind: str, number: int) -> Client:
-        return Client(transport(options.port, number, options.ca), f"{kind}{number}")
+        carrier = transport(options.port, number, options.ca, options.host)
+        return Client(carrier, f"{kind}{number}")
 
     clients = [client("client", number) for number in range(options.connections)]
     patient = [client("slow", number) for number in range(options.slow_connections)]
-    threads = [
-        *(threading.Thread(target=steady, args=(c, interval, done, out)) for c in clients),
-        *(
-            threading.Thread(target=slow, args=(c, options.slow_seconds, done, out))
-            for c in patient
-        ),
-    ]
-    for thread in threads:
-        thread.start()
-
-    def stop() -> None:
-        if options.seconds is None:
-            sys.stdin.buffer.read()
-        else:
-            time.sleep(options.seconds)
-        done.set()
-        for thread in threads:
-            thread.join()
-        out.put("")
-
-    threading.Thread(target=stop).start()
-    while line := out.get():
-        print(line, flush=True)
+    workers = [partial(steady, one, interval) for one in clients]
+    workers += [partial(slow, one, options.slow_seconds) for one in patient]
+    record(workers, options.seconds)
 
 
 if __name__ == "__main__":

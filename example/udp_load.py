@@ -35,9 +35,9 @@ TIMEOUT = 2.0  # seconds after which an answer has not come
 class Match:
     """One match of one player: what it sends from its port, and the answers that it waits for."""
 
-    def __init__(self, port: int, name: str) -> None:
+    def __init__(self, address: tuple[str, int], name: str) -> None:
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.connect(("127.0.0.1", port))
+        self.sock.connect(address)
         self.sock.setblocking(False)
         self.name = name
         self.waiting: dict[int, float] = {}  # number of a packet -> when it was sent
@@ -94,7 +94,7 @@ class Load:
     """The players.
 
     Args:
-        port: Where they send to, at 127.0.0.1.
+        address: Host and port that they send to.
         interval: Seconds between two packets of a player.
         match_seconds: How long a match lasts at most; at least half of that.
         keep_seconds: How long nobody else gets the port of a match that is over: longer than the
@@ -102,9 +102,13 @@ class Load:
     """
 
     def __init__(
-        self, port: int, interval: float, match_seconds: float, keep_seconds: float
+        self,
+        address: tuple[str, int],
+        interval: float,
+        match_seconds: float,
+        keep_seconds: float,
     ) -> None:
-        self._port = port
+        self._address = address
         self._interval = interval
         self._match_seconds = match_seconds
         self._keep_seconds = keep_seconds
@@ -146,7 +150,7 @@ class Load:
         def begin(now: float) -> None:
             if not self._playing:
                 return
-            match = Match(self._port, f"{player}.{next(numbers)}")
+            match = Match(self._address, f"{player}.{next(numbers)}")
             self._matches.add(match)
             self._selector.register(match.sock, selectors.EVENT_READ, match)
             end = now + self._match_seconds * random.uniform(0.5, 1.0)
@@ -190,6 +194,7 @@ class Load:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Steady UDP load with a record of it.")
+    parser.add_argument("--host", default="127.0.0.1", help="of the game (%(default)s)")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--players", type=int, default=20)
     parser.add_argument("--rate", type=float, default=200.0, help="packets a second, in all")
@@ -200,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="stop by itself after so long")
     options = parser.parse_args(argv)
     interval = options.players / options.rate
-    load = Load(options.port, interval, options.match_seconds, options.keep_seconds)
+    address = options.host, options.port
+    load = Load(address, interval, options.match_seconds, options.keep_seconds)
     load.run(options.players, options.seconds)
 
 

@@ -1,9 +1,10 @@
-"""A small web application to deploy: one file, standard library only.
+"""A small web application to deploy: standard library only.
 
 Every answer in JSON names the version and the instance that gave it, so that a client can tell who
-served it. The other paths show what a proxy does with headers, cookies, streams and WebSockets;
-docs/tour.md uses them. SIGTERM keeps its default action and ends the process at once, without
-finishing requests: a proxy that had lost track of one would be found out.
+served it; /page (page.html) shows people the same. The other paths show what a proxy does with
+headers, cookies, streams and WebSockets; docs/tour.md uses them. SIGTERM keeps its default action
+and ends the process at once, without finishing requests: a proxy that had lost track of one would
+be found out.
 
     python3 example/webapp.py --port 3001 --version v1
 """
@@ -19,6 +20,7 @@ import sys
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_DELAY_MS = 60_000
 MAX_SIZE = 100_000_000
+PAGE = Path(__file__).with_name("page.html")
 STREAM_PARTS = 5
 STREAM_PAUSE = 0.2
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
@@ -74,8 +77,8 @@ class WebApp(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, version: str, name: str, boot_seconds: float) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, host: str, port: int, version: str, name: str, boot_seconds: float) -> None:
+        super().__init__((host, port), Handler)
         self.version = version
         self.name = name
         self.healthy_at = time.monotonic() + boot_seconds
@@ -104,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "still booting"})
         elif url.path == "/up":
             self._answer(HTTPStatus.OK, {"status": "up"})
+        elif url.path == "/page":
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", PAGE.read_bytes())
         elif url.path == "/slow" or url.path.startswith("/slow/"):
             delay = self._number(query, "ms", 1000, MAX_DELAY_MS)
             if delay is not None:
@@ -201,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "Upgrade")
         self.send_header("Sec-WebSocket-Accept", accept_of(key))
         self.end_headers()
-        first, payload = 0x80 | TEXT, f"this is {self.server.version}".encode()
+        first, payload = 0x80 | TEXT, f"this is {self.server.name}".encode()
         while True:
             if first & 15 != PONG:
                 reply = 0x80 | PONG if first & 15 == PING else first
@@ -220,6 +225,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A small web application to deploy.")
+    parser.add_argument("--host", default="127.0.0.1", help="address (%(default)s)")
     parser.add_argument("--port", type=int, default=3000, help="0 takes a free one (%(default)s)")
     parser.add_argument("--version", default="v1", help="named in every answer (%(default)s)")
     parser.add_argument("--name", help="of this instance, named in every answer (the version)")
@@ -231,8 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     name = options.name or options.version
-    with WebApp(options.port, options.version, name, options.boot_seconds) as app:
-        print(f"{name} listening on 127.0.0.1:{app.server_address[1]}", flush=True)
+    host = options.host
+    with WebApp(host, options.port, options.version, name, options.boot_seconds) as app:
+        print(f"{name} listening on {host}:{app.server_address[1]}", flush=True)
         try:
             app.serve_forever()
         except KeyboardInterrupt:
