@@ -11,6 +11,7 @@ HTTPS_PORT ?= 8443
 SWITCHES ?= 5
 RATE ?= 200
 DEMO_FLAGS ?=
+EXAMPLE_FLAGS ?=
 TEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 BENCH_FLAGS ?=
@@ -28,7 +29,7 @@ IMAGE ?= kamal-proxy:v$(VERSION)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-udp run test test-h11 lint format bench bench-udp sanitize fuzz
+.PHONY: help build demo demo-udp example run test test-h11 lint format bench bench-udp sanitize fuzz
 .PHONY: fuzz-heads soak docker test-docker clean
 
 help: ## list the targets
@@ -42,6 +43,9 @@ demo: $(BUILT) ## redeploy an application under load and measure it (SWITCHES=5 
 
 demo-udp: $(BUILT) ## redeploy a UDP server while it is used and measure it (SWITCHES=5 RATE=200)
 	@$(BIN)/python -m example.udp_demo --switches $(SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
+
+example: $(BUILT) ## play the story of example/README.md without Docker (EXAMPLE_FLAGS=--stay)
+	@$(BIN)/python -m example.story $(EXAMPLE_FLAGS)
 
 run: $(BUILT) ## leave a proxy running to play with (HTTP_PORT=8080 HTTPS_PORT=8443)
 	@mkdir -p $(PRIVATE)

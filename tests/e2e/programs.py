@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from contextlib import asynccontextmanager
+from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,6 @@ from tests.running import environment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
 # Servers and games are not where everybody's shell looks for programs.
 PROGRAMS = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/games"
@@ -99,6 +99,20 @@ async def open_program(directory: Path, *command: str) -> AsyncIterator[Program]
             with trio.CancelScope(shield=True):
                 await process.wait()
         nursery.cancel_scope.cancel()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the processes that have ``folder`` in their environment's TMPDIR."""
+    mark = f"TMPDIR={folder}\0".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environment = entry.read_bytes()
+        except OSError:
+            continue  # ended meanwhile, or another user's
+        if mark in environment + b"\0":
+            found.append(entry.parent.name)
+    return found
 
 
 async def output_of(directory: Path, *command: str) -> str:

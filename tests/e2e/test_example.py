@@ -24,6 +24,7 @@ from example.certificate import write_certificate
 from example.footprint import MIB, Growth, descriptors_of, memory_of
 from example.load import HOST, Request, instance_in, transport
 from example.verdict import Deploy, Switch, judge, percentile
+from tests.e2e.programs import processes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -468,17 +469,3 @@ def test_demo_leaves_no_process_behind(tmp_path: Path) -> None:
     assert "Error: stopped by Ctrl-C" in rest
     assert len(started) == 4, "the demonstration, the proxy, one instance, the load"
     assert not processes_of(tmp_path)
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Return the processes that have ``folder`` in their environment's TMPDIR."""
-    mark = f"TMPDIR={folder}\0".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            environment = entry.read_bytes()
-        except OSError:
-            continue  # ended meanwhile, or another user's
-        if mark in environment + b"\0":
-            found.append(entry.parent.name)
-    return found
