@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
     from tests.scripted import Client
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "example" / "README.md",
+)
 
 
 # --- the examples of the admin API ---------------------------------------------------------------
@@ -165,7 +169,10 @@ def command_lines(page: Path) -> list[str]:
     for line in shown:
         # What follows is the shell's.
         line = re.split(r" (?:[&|;]|[12]?>)", line)[0]
-        start = re.match(r"(?:\$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?kamal-proxy( .*)", line)
+        start = re.match(
+            r"(?:\$ )?(?:\w+=\S+ )*(?:\.venv/bin/|docker compose exec proxy )?kamal-proxy( .*)",
+            line,
+        )
         if start:
             lines.append(start[1])
     return lines
