@@ -27,19 +27,13 @@ from kamal_proxy.options import DeployOptions
 from kamal_proxy.udp.metrics import UdpMetrics
 from kamal_proxy.udp.options import UdpDeployOptions
 from tests.e2e.programs import needs
-from tests.examples import FENCED, Example, examples_in
+from tests.pages import FENCED, PAGES, Example, examples_in
 from tests.running import ROOT, Command, Embedded, open_instance
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.scripted import Client
-
-PAGES = (
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "example" / "README.md",
-)
 
 
 # --- the examples of the admin API ---------------------------------------------------------------
@@ -84,7 +78,7 @@ async def check(example: Example, path: Path, actual: dict[str, str]) -> None:
         output = output.replace(real, shown)
 
     assert (done.returncode, done.stderr.decode()) == (0, example.comment), example.command
-    assert comparable(output.splitlines()) == comparable(example.output), example.command
+    assert comparable(output.splitlines()) == comparable(example.output or []), example.command
 
 
 def fields_of(options: type, prefix: str = "") -> set[str]:

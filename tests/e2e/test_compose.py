@@ -21,7 +21,7 @@ import yaml
 
 from kamal_proxy.cli.commands import find_command
 from tests.e2e.programs import needs
-from tests.examples import FENCED
+from tests.pages import FENCED
 from tests.running import ROOT
 
 if TYPE_CHECKING:
