@@ -9,6 +9,7 @@ Texts are the bytes of the command line decoded as UTF-8 with ``surrogateescape`
 
 from __future__ import annotations
 
+import enum
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -147,6 +148,20 @@ def _csv_error(data: bytes, start: int, position: int, reason: str) -> str:
     return f"{record}parse error on line {line}, column {column}: {reason}"
 
 
+class Source(enum.Enum):
+    """Where a shell that completes a command line finds values for a flag or an argument."""
+
+    NOTHING = enum.auto()
+    FILES = enum.auto()
+    DIRECTORIES = enum.auto()
+    COMMANDS = enum.auto()
+    # What the running proxy has; services of the kind that the command is about.
+    SERVICES = enum.auto()
+    HTTP_SERVICES = enum.auto()
+    UDP_SERVICES = enum.auto()
+    HOSTS = enum.auto()
+
+
 @attrs.frozen(eq=False)
 class Kind:
     """What a flag takes for a value.
@@ -156,12 +171,14 @@ class Kind:
         parse: Turns a text into the value; raises ValueError or InvalidDurationError.
         bare: The text that the flag stands for when it has no value; ``None`` if it needs one.
         many: Whether the values of a repeated flag add up; otherwise the last one wins.
+        values: What a shell may complete: a source, or the values themselves.
     """
 
     word: str
     parse: Callable[[str], Any]
     bare: str | None = None
     many: bool = False
+    values: Source | tuple[str, ...] = Source.NOTHING
 
     def parameter(self) -> Parameter:
         """Return cyclopts's view of the kind, with nothing of its own grammar left on."""
@@ -186,15 +203,39 @@ class Kind:
 
 TEXT = Kind("string", str)
 STRINGS = Kind("strings", parse_strings, many=True)
-BOOL = Kind("", parse_bool, bare="true")
+BOOL = Kind("", parse_bool, bare="true", values=("true", "false"))
 DURATION = Kind("duration", parse_duration)
 INT = Kind("int", parse_int)
+FILE = Kind("string", str, values=Source.FILES)
+DIRECTORY = Kind("string", str, values=Source.DIRECTORIES)
+
+
+def choice(words: tuple[str, ...]) -> Kind:
+    """Return the kind of a flag whose values are known; what they mean is the command's."""
+    return Kind("string", str, values=words)
+
 
 Text = Annotated[str, TEXT, TEXT.parameter()]
 Strings = Annotated[tuple[str, ...], STRINGS, STRINGS.parameter()]
 Bool = Annotated[bool, BOOL, BOOL.parameter()]
 Duration = Annotated[float, DURATION, DURATION.parameter()]
 Int = Annotated[int, INT, INT.parameter()]
+File = Annotated[str, FILE, FILE.parameter()]
+Directory = Annotated[str, DIRECTORY, DIRECTORY.parameter()]
+
+# Words that are not flags.
+Service = Annotated[str, Source.SERVICES]
+HttpService = Annotated[str, Source.HTTP_SERVICES]
+UdpService = Annotated[str, Source.UDP_SERVICES]
+Host = Annotated[str, Source.HOSTS]
+CommandWord = Annotated[str, Source.COMMANDS]
+
+
+@attrs.frozen
+class Group:
+    """Flags that a long help text lists together, under a title."""
+
+    title: str
 
 
 @attrs.frozen
@@ -206,6 +247,7 @@ class Flag:
     help: str = ""
     default: object = None
     shorthand: str = ""
+    group: str = ""
 
     @property
     def title(self) -> str:
@@ -221,24 +263,30 @@ class Grammar:
         path: The command as error sentences name it, such as ``kamal-proxy list``.
         flags: Flags by name, with ``help``.
         words: How many arguments it takes that are not flags; ``None`` means any number.
+        sources: Where a shell finds values for these, in order; for any number the same one.
     """
 
     path: str
     flags: Mapping[str, Flag]
     words: int | None = None
+    sources: tuple[Source, ...] = ()
 
 
 @attrs.define
 class Scan:
-    """The arguments of one command, each value already checked.
+    """The arguments of one command.
 
     Attributes:
         given: Flag name -> the texts it was given, in order.
         words: Arguments that are not flags.
+        checked: Whether each value is one of its flag's kind.
+        only_words: Whether ``--`` was among them, after which nothing is a flag.
     """
 
     given: dict[str, list[str]] = attrs.Factory(dict)
     words: list[str] = attrs.Factory(list)
+    checked: bool = True
+    only_words: bool = False
 
     @property
     def help(self) -> bool:
@@ -272,18 +320,27 @@ def read_grammar(path: str, function: Callable[..., Any]) -> Grammar:
     hints = get_type_hints(function, include_extras=True)
     flags = {"help": help_flag(path)}
     words: int | None = 0
+    sources: list[Source] = []
     for name, parameter in inspect.signature(function).parameters.items():
+        metadata = list(_metadata(hints[name]))
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            flag = _flag(name.replace("_", "-"), metadata, parameter.default)
+            flags[flag.name] = flag
+            continue
+        found = (item for item in metadata if isinstance(item, Source))
+        sources.append(next(found, Source.NOTHING))
         if parameter.kind is parameter.VAR_POSITIONAL:
             words = None
-        elif parameter.kind is not parameter.KEYWORD_ONLY:
-            words = None if words is None else words + 1
-        else:
-            metadata = list(_metadata(hints[name]))
-            kind = next(item for item in metadata if isinstance(item, Kind))
-            texts = (item.help for item in metadata if isinstance(item, Parameter) and item.help)
-            flag = Flag(name.replace("_", "-"), kind, next(texts, ""), parameter.default)
-            flags[flag.name] = flag
-    return Grammar(path, flags, words)
+        elif words is not None:
+            words += 1
+    return Grammar(path, flags, words, tuple(sources))
+
+
+def _flag(name: str, metadata: Sequence[object], default: object) -> Flag:
+    kind = next(item for item in metadata if isinstance(item, Kind))
+    texts = (item.help for item in metadata if isinstance(item, Parameter) and item.help)
+    group = next((item.title for item in metadata if isinstance(item, Group)), "")
+    return Flag(name, kind, next(texts, ""), default, group=group)
 
 
 def _metadata(hint: Any) -> Iterable[Any]:
@@ -317,17 +374,23 @@ def find_word(arguments: Sequence[str]) -> int | None:
     return None
 
 
-def scan(grammar: Grammar, arguments: Sequence[str]) -> Scan:
+def scan(grammar: Grammar, arguments: Sequence[str], *, checked: bool = True) -> Scan:
     """Read the arguments that belong to one command, in order, up to the first error.
+
+    Args:
+        grammar: What the command takes.
+        arguments: What follows its words.
+        checked: Whether a value must be of its flag's kind.
 
     Raises:
         UsageError: an unknown flag, a missing value, or a value that is not of the flag's kind.
     """
-    result = Scan()
+    result = Scan(checked=checked)
     rest = list(reversed(arguments))
     while rest:
         text = rest.pop()
         if text == "--":
+            result.only_words = True
             result.words.extend(reversed(rest))
             break
         if text.startswith("--"):
@@ -381,12 +444,13 @@ def _value_without_equals(flag: Flag, rest: list[str], message: str) -> str:
 
 
 def _store(flag: Flag, text: str, result: Scan) -> None:
-    try:
-        flag.kind.parse(text)
-    except (ValueError, InvalidDurationError) as error:
-        raise UsageError(
-            f"invalid argument {quote(text)} for {quote(flag.title)} flag: {error}"
-        ) from None
+    if result.checked:
+        try:
+            flag.kind.parse(text)
+        except (ValueError, InvalidDurationError) as error:
+            raise UsageError(
+                f"invalid argument {quote(text)} for {quote(flag.title)} flag: {error}"
+            ) from None
     if flag.kind.many:
         result.given.setdefault(flag.name, []).append(text)
     else:

@@ -9,7 +9,7 @@ from typing import Annotated
 import attrs
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Bool
+from kamal_proxy.cli.arguments import Bool, Host
 from kamal_proxy.cli.output import printable, table
 
 _DAY = 86_400.0  # seconds
@@ -47,7 +47,7 @@ def list_certificates(
             sys.stdout.write(printable(f"{certificate.host}: {certificate.last_error}") + "\n")
 
 
-def renew(host: str, /) -> None:
+def renew(host: Host, /) -> None:
     """Obtain a new certificate for a host now, before it is due.
 
     Waits until it is there. Certificate authorities limit how often that may be done: Let's Encrypt

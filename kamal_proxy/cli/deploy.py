@@ -8,7 +8,20 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Bool, Duration, Int, Kind, Strings, Text, parse_strings, quote
+from kamal_proxy.cli.arguments import (
+    Bool,
+    Directory,
+    Duration,
+    File,
+    Group,
+    HttpService,
+    Int,
+    Kind,
+    Strings,
+    Text,
+    parse_strings,
+    quote,
+)
 from kamal_proxy.cli.output import Progress
 from kamal_proxy.durations import parse_duration
 from kamal_proxy.errors import InvalidDurationError, UsageError
@@ -22,6 +35,15 @@ _SERVICE = ServiceOptions()
 _TARGET = TargetOptions()
 _HEALTH = HealthCheckOptions()
 _DEPLOYMENT = DeploymentOptions()
+
+# The groups of flags in help.
+_ROUTES = Group("Where requests go")
+_TLS = Group("TLS")
+_SWITCH = Group("Switching over")
+_CHECKS = Group("Health checks")
+_EXCHANGE = Group("Requests and responses")
+_BUFFERS = Group("Buffering")
+_LOG = Group("Log and metrics")
 
 
 def _parse_path_timeouts(text: str) -> tuple[PathTimeout, ...]:
@@ -45,139 +67,186 @@ PathTimeouts = Annotated[tuple[PathTimeout, ...], PATH_TIMEOUTS, PATH_TIMEOUTS.p
 
 
 def deploy(
-    service: str,
+    service: HttpService,
     /,
     *,
     target: Annotated[
         Strings | None,
+        _ROUTES,
         Parameter(help="Where the service runs, as host or host:port (required; repeatable)"),
     ] = None,
     read_target: Annotated[
-        Strings, Parameter(help="Where read-only requests may go, as host:port (repeatable)")
+        Strings,
+        _ROUTES,
+        Parameter(help="Where read-only requests may go, as host:port (repeatable)"),
     ] = (),
     host: Annotated[
         Strings,
+        _ROUTES,
         Parameter(
             help="Host name to serve, or *.name for its subdomains; all if none (repeatable)"
         ),
     ] = (),
     path_prefix: Annotated[
-        Strings, Parameter(help="Path under which to serve; all if none (repeatable)")
+        Strings,
+        _ROUTES,
+        Parameter(help="Path under which to serve; all if none (repeatable)"),
     ] = (),
     strip_path_prefix: Annotated[
-        Bool, Parameter(help="Remove the path prefix before the request goes to the target")
+        Bool,
+        _ROUTES,
+        Parameter(help="Remove the path prefix before the request goes to the target"),
     ] = _SERVICE.strip_prefix,
     tls: Annotated[
-        Bool, Parameter(help="Serve over HTTPS, with certificates made on demand (needs --host)")
+        Bool,
+        _TLS,
+        Parameter(help="Serve over HTTPS, with certificates made on demand (needs --host)"),
     ] = _SERVICE.tls_enabled,
     tls_on_demand_url: Annotated[
-        Text, Parameter(help="URL or path that is asked whether a host may have a certificate")
+        Text,
+        _TLS,
+        Parameter(help="URL or path that is asked whether a host may have a certificate"),
     ] = _SERVICE.tls_on_demand_url,
     tls_staging: Annotated[
-        Bool, Parameter(help="Get certificates from Let's Encrypt's staging environment")
+        Bool,
+        _TLS,
+        Parameter(help="Get certificates from Let's Encrypt's staging environment"),
     ] = False,
     tls_certificate_path: Annotated[
-        Text | None, Parameter(help="File with your own certificate chain (PEM)")
+        File | None, _TLS, Parameter(help="File with your own certificate chain (PEM)")
     ] = None,
     tls_private_key_path: Annotated[
-        Text | None, Parameter(help="File with the private key of your own certificate (PEM)")
+        File | None,
+        _TLS,
+        Parameter(help="File with the private key of your own certificate (PEM)"),
     ] = None,
     tls_acme_cache_path: Annotated[
-        Text | None,
+        Directory | None,
+        _TLS,
         Parameter(
             help="Directory for certificates that were made on demand (default: in the "
             "data directory)"
         ),
     ] = None,
     tls_client_ca: Annotated[
-        Text, Parameter(help="File with the CA certificates (PEM) that clients' must be signed by")
+        File,
+        _TLS,
+        Parameter(help="File with the CA certificates (PEM) that clients' must be signed by"),
     ] = _SERVICE.tls_client_ca_path,
     tls_redirect: Annotated[
-        Bool, Parameter(help="Redirect HTTP requests of a TLS service to HTTPS")
+        Bool, _TLS, Parameter(help="Redirect HTTP requests of a TLS service to HTTPS")
     ] = _SERVICE.tls_redirect,
     canonical_host: Annotated[
-        Text, Parameter(help="Redirect requests for any other host to this one")
+        Text, _ROUTES, Parameter(help="Redirect requests for any other host to this one")
     ] = _SERVICE.canonical_host,
     deploy_timeout: Annotated[
-        Duration, Parameter(help="How long the new targets may take to become healthy")
+        Duration,
+        _SWITCH,
+        Parameter(help="How long the new targets may take to become healthy"),
     ] = _DEPLOYMENT.deploy_timeout,
     drain_timeout: Annotated[
-        Duration, Parameter(help="How long requests on the old targets may take to finish")
+        Duration,
+        _SWITCH,
+        Parameter(help="How long requests on the old targets may take to finish"),
     ] = _DEPLOYMENT.drain_timeout,
     force: Annotated[
-        Bool, Parameter(help="Switch at once, without waiting for the targets to be healthy")
+        Bool,
+        _SWITCH,
+        Parameter(help="Switch at once, without waiting for the targets to be healthy"),
     ] = _DEPLOYMENT.force,
     health_check_interval: Annotated[
-        Duration, Parameter(help="Time between two health checks of a target")
+        Duration, _CHECKS, Parameter(help="Time between two health checks of a target")
     ] = _HEALTH.interval,
     health_check_timeout: Annotated[
-        Duration, Parameter(help="Time in which each health check must finish")
+        Duration, _CHECKS, Parameter(help="Time in which each health check must finish")
     ] = _HEALTH.timeout,
     health_check_path: Annotated[
-        Text, Parameter(help="Path to request; any 2xx answer means healthy")
+        Text, _CHECKS, Parameter(help="Path to request; any 2xx answer means healthy")
     ] = _HEALTH.path,
     health_check_port: Annotated[
-        Int, Parameter(help="Port to check; 0 means the target's own port")
+        Int, _CHECKS, Parameter(help="Port to check; 0 means the target's own port")
     ] = _HEALTH.port,
     health_check_host: Annotated[
-        Text, Parameter(help="Host header of health checks; the target's host if not given")
+        Text,
+        _CHECKS,
+        Parameter(help="Host header of health checks; the target's host if not given"),
     ] = _HEALTH.host,
     writer_affinity_timeout: Annotated[
-        Duration, Parameter(help="How long a client that wrote keeps off the read targets")
+        Duration,
+        _ROUTES,
+        Parameter(help="How long a client that wrote keeps off the read targets"),
     ] = _SERVICE.writer_affinity_timeout,
     read_target_websockets: Annotated[
-        Bool, Parameter(help="Let WebSockets go to read targets")
+        Bool, _ROUTES, Parameter(help="Let WebSockets go to read targets")
     ] = _SERVICE.read_targets_accept_websockets,
     target_timeout: Annotated[
-        Duration, Parameter(help="How long a target may take to begin its response")
+        Duration,
+        _EXCHANGE,
+        Parameter(help="How long a target may take to begin its response"),
     ] = _TARGET.response_timeout,
     path_timeout: Annotated[
         PathTimeouts,
+        _EXCHANGE,
         Parameter(help="The same for one path and what is under it, as /reports=5m (repeatable)"),
     ] = _TARGET.path_timeouts,
     websocket_idle_timeout: Annotated[
-        Duration, Parameter(help="How long a WebSocket may carry nothing; 0 for no limit")
+        Duration,
+        _EXCHANGE,
+        Parameter(help="How long a WebSocket may carry nothing; 0 for no limit"),
     ] = _TARGET.websocket_idle_timeout,
     buffer_requests: Annotated[
-        Bool | None, Parameter(help="Read a whole request before it goes to the target")
+        Bool | None,
+        _BUFFERS,
+        Parameter(help="Read a whole request before it goes to the target"),
     ] = None,
     buffer_responses: Annotated[
-        Bool | None, Parameter(help="Read a whole response before it goes to the client")
+        Bool | None,
+        _BUFFERS,
+        Parameter(help="Read a whole response before it goes to the client"),
     ] = None,
     buffer_memory: Annotated[
-        Int, Parameter(help="Bytes of a buffered body kept in memory; the rest goes to disk")
+        Int,
+        _BUFFERS,
+        Parameter(help="Bytes of a buffered body kept in memory; the rest goes to disk"),
     ] = _TARGET.max_memory_buffer_size,
     max_request_body: Annotated[
         Int | None,
+        _BUFFERS,
         Parameter(help="Largest request body in bytes, 0 for no limit; with --buffer-requests"),
     ] = None,
     max_response_body: Annotated[
         Int | None,
+        _BUFFERS,
         Parameter(help="Largest response body in bytes, 0 for no limit; with --buffer-responses"),
     ] = None,
     error_pages: Annotated[
-        Text, Parameter(help="Directory with your own error pages, such as 503.html")
+        Directory,
+        _EXCHANGE,
+        Parameter(help="Directory with your own error pages, such as 503.html"),
     ] = _SERVICE.error_page_path,
     log_request_header: Annotated[
-        Strings, Parameter(help="Request header to add to the log (repeatable)")
+        Strings, _LOG, Parameter(help="Request header to add to the log (repeatable)")
     ] = (),
     log_response_header: Annotated[
-        Strings, Parameter(help="Response header to add to the log (repeatable)")
+        Strings, _LOG, Parameter(help="Response header to add to the log (repeatable)")
     ] = (),
     exclude_metrics_path: Annotated[
-        Strings, Parameter(help="Path to leave out of the metrics (repeatable)")
+        Strings, _LOG, Parameter(help="Path to leave out of the metrics (repeatable)")
     ] = (),
     forward_headers: Annotated[
         Bool | None,
+        _EXCHANGE,
         Parameter(
             help="Believe X-Forwarded-* headers of clients; if not given, only without --tls"
         ),
     ] = None,
     client_ip_header: Annotated[
-        Text, Parameter(help="Request header that holds the client's address")
+        Text, _EXCHANGE, Parameter(help="Request header that holds the client's address")
     ] = _SERVICE.client_ip_header,
     scope_cookie_paths: Annotated[
-        Bool, Parameter(help="Put the path prefix in front of the paths of cookies")
+        Bool,
+        _EXCHANGE,
+        Parameter(help="Put the path prefix in front of the paths of cookies"),
     ] = _TARGET.scope_cookie_paths,
 ) -> None:
     """Deploy a service, or a new version of one, without losing a request.

@@ -8,11 +8,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Bool, Duration, Int, Strings, Text
+from kamal_proxy.cli.arguments import Bool, Duration, Group, Int, Strings, Text, UdpService, choice
 from kamal_proxy.cli.output import Progress, counted
 from kamal_proxy.control.messages import Event
 from kamal_proxy.errors import UsageError
 from kamal_proxy.udp.options import (
+    AFFINITY_STRATEGIES,
+    DRAIN_STRATEGIES,
+    HEALTH_CHECKS,
+    PROTOCOLS,
+    RTCP_POLICIES,
     SessionOptions,
     UdpDeploymentOptions,
     UdpDeployOptions,
@@ -25,13 +30,31 @@ _SESSIONS = SessionOptions()
 _HEALTH = UdpHealthCheckOptions()
 _DEPLOYMENT = UdpDeploymentOptions()
 
+# The groups of flags in help.
+_ROUTES = Group("Where datagrams go")
+_SESSION = Group("Sessions")
+_SWITCH = Group("Switching over")
+_CHECKS = Group("Health checks")
+
+_PROTOCOL = choice(PROTOCOLS)
+_RTCP_POLICY = choice(RTCP_POLICIES)
+_AFFINITY_STRATEGY = choice(AFFINITY_STRATEGIES)
+_DRAIN_STRATEGY = choice(DRAIN_STRATEGIES)
+_HEALTH_CHECK = choice(HEALTH_CHECKS)
+Protocol = Annotated[str, _PROTOCOL, _PROTOCOL.parameter()]
+RtcpPolicy = Annotated[str, _RTCP_POLICY, _RTCP_POLICY.parameter()]
+AffinityStrategy = Annotated[str, _AFFINITY_STRATEGY, _AFFINITY_STRATEGY.parameter()]
+DrainStrategy = Annotated[str, _DRAIN_STRATEGY, _DRAIN_STRATEGY.parameter()]
+HealthCheck = Annotated[str, _HEALTH_CHECK, _HEALTH_CHECK.parameter()]
+
 
 def deploy_udp(
-    service: str,
+    service: UdpService,
     /,
     *,
     target: Annotated[
         Strings | None,
+        _ROUTES,
         Parameter(
             help="Where the service runs, as host:port or [IPv6 address]:port (required; "
             "repeatable)"
@@ -39,23 +62,28 @@ def deploy_udp(
     ] = None,
     port: Annotated[
         Int,
+        _ROUTES,
         Parameter(
             help="UDP port to listen on; the --udp-port of run if not given, and none with "
             "--protocol=webrtc"
         ),
     ] = _UDP.port,
     protocol: Annotated[
-        Text, Parameter(help="What clients speak: udp, or webrtc (also plain RTP)")
+        Protocol,
+        _ROUTES,
+        Parameter(help="What clients speak: udp, or webrtc (also plain RTP)"),
     ] = _UDP.protocol,
     port_ranges: Annotated[
         Strings,
+        _ROUTES,
         Parameter(
             help="Ports of a WebRTC service, as 10000-20000; one range or two. Each leads to the "
             "port of the same number of the target"
         ),
     ] = _UDP.port_ranges,
     rtcp_policy: Annotated[
-        Text,
+        RtcpPolicy,
+        _ROUTES,
         Parameter(
             help="Which ports of the ranges are a pair for RTP and RTCP: adjacent (an even one and "
             "the next), separate-range (those at the same place of two ranges) or auto (the latter "
@@ -64,12 +92,14 @@ def deploy_udp(
     ] = _UDP.rtcp_policy,
     session_affinity: Annotated[
         Bool,
+        _SESSION,
         Parameter(
             help="Keep each session on one target; otherwise each datagram goes to the next one"
         ),
     ] = _SESSIONS.affinity,
     affinity_strategy: Annotated[
-        Text,
+        AffinityStrategy,
+        _SESSION,
         Parameter(
             help="What chooses the target of a new session: 5-tuple (both ends), source-ip (the "
             "client's address) or source-port (its address and port)"
@@ -77,58 +107,75 @@ def deploy_udp(
     ] = _SESSIONS.strategy,
     session_timeout: Annotated[
         Duration,
+        _SESSION,
         Parameter(help="How long a session may carry nothing in either direction before it ends"),
     ] = _SESSIONS.timeout,
     max_sessions: Annotated[
-        Int, Parameter(help="Sessions at once; datagrams of more clients are dropped")
+        Int,
+        _SESSION,
+        Parameter(help="Sessions at once; datagrams of more clients are dropped"),
     ] = _SESSIONS.limit,
     deploy_timeout: Annotated[
-        Duration, Parameter(help="How long the new targets may take to become healthy")
+        Duration,
+        _SWITCH,
+        Parameter(help="How long the new targets may take to become healthy"),
     ] = _DEPLOYMENT.deploy_timeout,
     zero_downtime: Annotated[
-        Bool, Parameter(help="Let the sessions on the old targets go on after the switch")
+        Bool,
+        _SWITCH,
+        Parameter(help="Let the sessions on the old targets go on after the switch"),
     ] = _DEPLOYMENT.zero_downtime,
     drain_strategy: Annotated[
-        Text,
+        DrainStrategy,
+        _SWITCH,
         Parameter(
             help="When sessions on the old targets are ended, with --zero-downtime: graceful (at "
             "the drain timeout), timeout (at the force-kill timeout) or immediate (at the switch)"
         ),
     ] = _DEPLOYMENT.drain_strategy,
     drain_timeout: Annotated[
-        Duration, Parameter(help="How long sessions on the old targets may take to end")
+        Duration,
+        _SWITCH,
+        Parameter(help="How long sessions on the old targets may take to end"),
     ] = _DEPLOYMENT.drain_timeout,
     force_kill_timeout: Annotated[
         Duration,
+        _SWITCH,
         Parameter(
             help="How long until the last session on the old targets is cut; at least the drain "
             "timeout"
         ),
     ] = _DEPLOYMENT.force_kill_timeout,
     force: Annotated[
-        Bool, Parameter(help="Switch at once, without waiting for the targets to be healthy")
+        Bool,
+        _SWITCH,
+        Parameter(help="Switch at once, without waiting for the targets to be healthy"),
     ] = _DEPLOYMENT.force,
     health_check: Annotated[
-        Text,
+        HealthCheck,
+        _CHECKS,
         Parameter(
             help="How targets are checked: tcp (a port accepts connections), http (it answers a "
             "GET with 2xx) or none"
         ),
     ] = _HEALTH.method,
     health_check_port: Annotated[
-        Int, Parameter(help="TCP port to check; 0 means the number of the target's own port")
+        Int,
+        _CHECKS,
+        Parameter(help="TCP port to check; 0 means the number of the target's own port"),
     ] = _HEALTH.port,
     health_check_path: Annotated[
-        Text, Parameter(help="Path to request, with --health-check=http")
+        Text, _CHECKS, Parameter(help="Path to request, with --health-check=http")
     ] = _HEALTH.path,
     health_check_interval: Annotated[
-        Duration, Parameter(help="Time between two health checks of a target")
+        Duration, _CHECKS, Parameter(help="Time between two health checks of a target")
     ] = _HEALTH.interval,
     health_check_timeout: Annotated[
-        Duration, Parameter(help="Time in which each health check must finish")
+        Duration, _CHECKS, Parameter(help="Time in which each health check must finish")
     ] = _HEALTH.timeout,
     proxy_protocol: Annotated[
         Bool,
+        _ROUTES,
         Parameter(
             help="Put a PROXY protocol header, version 2, in front of every datagram to a target"
         ),

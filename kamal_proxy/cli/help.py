@@ -11,7 +11,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, TextIO
 
-from kamal_proxy.cli.arguments import PROGRAM, Flag
+from kamal_proxy.cli.arguments import PROGRAM, CommandWord, Flag
 from kamal_proxy.cli.commands import ROOT, Command, find_command
 from kamal_proxy.durations import format_duration
 from kamal_proxy.errors import UsageError
@@ -24,7 +24,7 @@ _MIN_TEXT = 30
 _MIN_NAME = 10  # columns of a command's name and the gap after it
 
 
-def help_command(*words: str) -> None:
+def help_command(*words: CommandWord) -> None:
     """Show help for a command.
 
     Give the name of a command, or nothing for the list of commands.

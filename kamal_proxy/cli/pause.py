@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Duration, Text
+from kamal_proxy.cli.arguments import Duration, Service, Text
 from kamal_proxy.cli.output import Progress
 from kamal_proxy.options import PauseOptions, StopOptions
 
@@ -14,7 +14,7 @@ _STOP = StopOptions()
 
 
 def pause(
-    service: str,
+    service: Service,
     /,
     *,
     drain_timeout: Annotated[
@@ -41,7 +41,7 @@ def pause(
 
 
 def stop(
-    service: str,
+    service: Service,
     /,
     *,
     drain_timeout: Annotated[
@@ -66,7 +66,7 @@ def stop(
         ControlClient().stop(service, options, progress.show)
 
 
-def resume(service: str, /) -> None:
+def resume(service: Service, /) -> None:
     """Resume a service that was paused or stopped.
 
     Requests that wait for the end of a pause go on. A UDP service of that name is resumed too.

@@ -1,7 +1,9 @@
 """``kamal-proxy remove``: takes a service out of the proxy, also a UDP service."""
 
+from kamal_proxy.cli.arguments import Service
 
-def remove(service: str, /) -> None:
+
+def remove(service: Service, /) -> None:
     """Remove a service.
 
     Its hosts and paths are free again at once; requests in flight are not waited for. A UDP service

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from kamal_proxy.cli.arguments import Duration, Int, Strings
+from kamal_proxy.cli.arguments import Duration, HttpService, Int, Strings
 from kamal_proxy.cli.output import Progress
 from kamal_proxy.errors import UsageError
 from kamal_proxy.options import DeploymentOptions, RolloutOptions, RolloutSplit
@@ -14,7 +14,7 @@ _DEPLOYMENT = DeploymentOptions()
 
 
 def deploy(
-    service: str,
+    service: HttpService,
     /,
     *,
     target: Annotated[
@@ -54,7 +54,7 @@ def deploy(
 
 
 def set_split(
-    service: str,
+    service: HttpService,
     /,
     *,
     percent: Annotated[
@@ -79,7 +79,7 @@ def set_split(
     ControlClient().set_rollout(service, split)
 
 
-def stop(service: str, /) -> None:
+def stop(service: HttpService, /) -> None:
     """Send all visitors of a service to its own targets again.
 
     The rollout targets stay, so 'rollout set' can begin anew.

@@ -20,7 +20,10 @@ from kamal_proxy.cli.arguments import (
     STRINGS,
     TEXT,
     Bool,
+    Directory,
     Duration,
+    File,
+    Group,
     Int,
     Kind,
     Strings,
@@ -43,6 +46,13 @@ T = TypeVar("T")
 _DEFAULTS = RunOptions(https_port=HTTPS_PORT)
 _ACME = AcmeOptions()
 
+# The groups of flags in help.
+_PORTS = Group("Ports and addresses")
+_FRONT = Group("Proxies in front")
+_TIMEOUTS = Group("Timeouts")
+_LIMITS = Group("Limits")
+_AUTHORITY = Group("Certificate authority")
+
 
 def run(
     *_ignored: str,
@@ -51,27 +61,33 @@ def run(
     ] = None,
     http_port: Annotated[
         Int | None,
+        _PORTS,
         Parameter(help="Port for HTTP; from $HTTP_PORT if not given, and 80 without that"),
     ] = None,
     https_port: Annotated[
         Int | None,
+        _PORTS,
         Parameter(
             help=f"Port for HTTPS; from $HTTPS_PORT if not given, and {HTTPS_PORT} without that"
         ),
     ] = None,
     metrics_port: Annotated[
         Int | None,
+        _PORTS,
         Parameter(help="Port for metrics, 0 for none; from $METRICS_PORT if not given"),
     ] = None,
     udp_port: Annotated[
         Int | None,
+        _PORTS,
         Parameter(
             help="Port of UDP services deployed without --port; from $UDP_PORT if not given, and "
             f"{_DEFAULTS.udp_port} without that"
         ),
     ] = None,
     http3: Annotated[
-        Bool | None, Parameter(help="Serve HTTP/3 too, on the UDP port of the same number as HTTPS")
+        Bool | None,
+        _PORTS,
+        Parameter(help="Serve HTTP/3 too, on the UDP port of the same number as HTTPS"),
     ] = None,
     lane: Annotated[
         Bool | None,
@@ -81,10 +97,13 @@ def run(
         ),
     ] = None,
     bind: Annotated[
-        Strings | None, Parameter(help="Address to listen on; all if none (repeatable)")
+        Strings | None,
+        _PORTS,
+        Parameter(help="Address to listen on; all if none (repeatable)"),
     ] = None,
     trusted_proxy: Annotated[
         Strings | None,
+        _FRONT,
         Parameter(
             help="Network of proxies whose X-Forwarded-* and Forwarded headers are believed, such "
             "as 192.0.2.0/24; without any, everybody's are (repeatable)"
@@ -92,38 +111,44 @@ def run(
     ] = None,
     proxy_protocol_from: Annotated[
         Strings | None,
+        _FRONT,
         Parameter(help="Network whose connections begin with the PROXY protocol (repeatable)"),
     ] = None,
     head_timeout: Annotated[
         Duration | None,
+        _TIMEOUTS,
         Parameter(
             help="How long the head of a request may take to arrive "
-            f"(default {format_duration(_DEFAULTS.head_timeout)})"
+            f"(default {format_duration(_DEFAULTS.head_timeout)})",
         ),
     ] = None,
     idle_timeout: Annotated[
         Duration | None,
+        _TIMEOUTS,
         Parameter(
             help="How long a connection may stay open between requests "
-            f"(default {format_duration(_DEFAULTS.idle_timeout)})"
+            f"(default {format_duration(_DEFAULTS.idle_timeout)})",
         ),
     ] = None,
     stall_timeout: Annotated[
         Duration | None,
+        _TIMEOUTS,
         Parameter(
             help="How long a client may neither send nor take anything in the middle of a body "
-            f"(default {format_duration(_DEFAULTS.stall_timeout)})"
+            f"(default {format_duration(_DEFAULTS.stall_timeout)})",
         ),
     ] = None,
     shutdown_timeout: Annotated[
         Duration | None,
+        _TIMEOUTS,
         Parameter(
             help="How long stopping may take, with the requests in flight "
-            f"(default {format_duration(_DEFAULTS.shutdown_timeout)})"
+            f"(default {format_duration(_DEFAULTS.shutdown_timeout)})",
         ),
     ] = None,
     max_head_size: Annotated[
         Int | None,
+        _LIMITS,
         Parameter(
             help="Largest head of a request or response in bytes "
             f"(default {_DEFAULTS.max_head_size})"
@@ -131,16 +156,19 @@ def run(
     ] = None,
     max_headers: Annotated[
         Int | None,
+        _LIMITS,
         Parameter(help=f"Most header fields of a request (default {_DEFAULTS.max_headers})"),
     ] = None,
     max_connections: Annotated[
         Int | None,
+        _LIMITS,
         Parameter(
             help=f"Client connections open at once; more wait (default {_DEFAULTS.max_connections})"
         ),
     ] = None,
     max_spill: Annotated[
         Int | None,
+        _LIMITS,
         Parameter(
             help="Bytes of buffered bodies on disk at once, 0 for no limit "
             f"(default {_DEFAULTS.max_spill})"
@@ -148,34 +176,42 @@ def run(
     ] = None,
     max_buffer_memory: Annotated[
         Int | None,
+        _LIMITS,
         Parameter(
             help="Bytes of buffered bodies in memory at once; the rest goes to disk "
             f"(default {_DEFAULTS.max_buffer_memory})"
         ),
     ] = None,
     spill_directory: Annotated[
-        Text | None,
+        Directory | None,
+        _LIMITS,
         Parameter(help="Directory for buffered bodies (default: the system's for temporary files)"),
     ] = None,
     acme_directory: Annotated[
         Text | None,
+        _AUTHORITY,
         Parameter(
             help="URL of the certificate authority's ACME directory (default: Let's Encrypt's)"
         ),
     ] = None,
     acme_email: Annotated[
-        Text | None, Parameter(help="Address that the certificate authority may write to")
+        Text | None,
+        _AUTHORITY,
+        Parameter(help="Address that the certificate authority may write to"),
     ] = None,
     acme_eab_kid: Annotated[
         Text | None,
+        _AUTHORITY,
         Parameter(help="Key identifier of your account outside of ACME, if the authority wants it"),
     ] = None,
     acme_eab_hmac_key: Annotated[
         Text | None,
+        _AUTHORITY,
         Parameter(help="The secret that belongs to it; better in the environment than here"),
     ] = None,
     acme_ca_file: Annotated[
-        Text | None,
+        File | None,
+        _AUTHORITY,
         Parameter(help="File with CA certificates (PEM) for an authority of your own"),
     ] = None,
 ) -> None:
