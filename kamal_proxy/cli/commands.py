@@ -23,7 +23,7 @@ from kamal_proxy.cli.arguments import (
     require_words,
     scan,
 )
-from kamal_proxy.errors import KamalProxyError, NotSupportedYetError, UsageError
+from kamal_proxy.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +41,8 @@ class Command:
         usage: What follows the words in the usage line.
         aliases: Other forms of the last word.
         about: The description of a group; a command's is its function's docstring.
+        strict: Whether a word that is none of a group's commands is an error; the original shows
+            the group's help for most.
     """
 
     words: str
@@ -48,6 +50,7 @@ class Command:
     usage: str = ""
     aliases: tuple[str, ...] = ()
     about: str = ""
+    strict: bool = False
 
     @property
     def name(self) -> str:
@@ -93,7 +96,12 @@ class Command:
 ROOT = Command(
     "",
     usage="[command]",
-    about="Switches web and UDP services to new versions without losing a request",
+    about="""Switches web and UDP services to new versions without losing a request.
+
+    'kamal-proxy run' serves. The other commands tell the proxy that runs what to do, over a Unix
+    socket that only its own user and root can use; they wait three seconds for one that is just
+    starting.""",
+    strict=True,
 )
 COMMANDS = (
     ROOT,
@@ -128,11 +136,25 @@ COMMANDS = (
     ),
     Command("certs list", "kamal_proxy.cli.certs:list_certificates", aliases=("ls",)),
     Command("certs renew", "kamal_proxy.cli.certs:renew", "<host>"),
+    Command(
+        "completion",
+        usage="[command]",
+        about="""Print a script with which a shell completes this program's command lines.
+
+        With it the Tab key offers commands, flags, values of flags, files, and the names of the
+        services that the proxy has. The script asks the program itself, so it goes on being right
+        when that is upgraded. How to install it: see the help for your shell.""",
+        # Of a script that is not there, help would be installed in its place.
+        strict=True,
+    ),
+    Command("completion bash", "kamal_proxy.cli.completion_scripts:bash"),
+    Command("completion fish", "kamal_proxy.cli.completion_scripts:fish"),
+    Command("completion zsh", "kamal_proxy.cli.completion_scripts:zsh"),
     Command("help", "kamal_proxy.cli.help:help_command", "[command]"),
 )
 
-# Commands of the original that arrive with a later version.
-NOT_YET = ("completion",)
+# What scripts for completion ask, as those of the original do -> whether they want descriptions.
+_COMPLETE = {"__complete": True, "__completeNoDesc": False}
 
 
 @cache
@@ -175,8 +197,8 @@ def _bound(command: Command) -> App:
 def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     """Find the command that a command line names.
 
-    A word that is no command of a group other than the program's own is left to that group, which
-    shows its help, as in the original.
+    A word that is no command of a group that is not strict is left to that group, which shows its
+    help, as in the original.
 
     Args:
         arguments: What follows the program's name; flags may stand between the words.
@@ -185,7 +207,6 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         The command, and the arguments without its words.
 
     Raises:
-        NotSupportedYetError: the original has it and this version does not.
         UsageError: there is none; near misses are suggested.
     """
     command, rest = ROOT, list(arguments)
@@ -193,22 +214,24 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         word = rest[index]
         inner = next((c for c in command.members if word in (c.name, *c.aliases)), None)
         if inner is None:
-            if command is ROOT:
-                raise _unknown(word)
+            if command.strict:
+                raise _unknown(command, word)
             break
         command = inner
         del rest[index]
     return command, rest
 
 
-def _unknown(name: str) -> KamalProxyError:
-    if name in NOT_YET:
-        return NotSupportedYetError(f"{name} is not supported yet by this version of {PROGRAM}")
-    near = "".join(f"\t{command.name}\n" for command in ROOT.members if _is_near(name, command))
-    suggestion = f"\nDid you mean this?\n{near}\n" if near else ""
+def _unknown(group: Command, name: str) -> UsageError:
+    near = [command.name for command in group.members if _is_near(name, command)]
+    title = "Did you mean this?"
+    if not near and group is not ROOT:
+        near, title = [command.name for command in group.members], "There are:"
+    suggestion = "".join(f"\t{each}\n" for each in near)
     return UsageError(
-        f"unknown command {quote(name)} for {quote(PROGRAM)}\n"
-        f"{suggestion}Run '{PROGRAM} --help' for usage."
+        f"unknown command {quote(name)} for {quote(group.path)}\n"
+        + (f"\n{title}\n{suggestion}\n" if near else "")
+        + f"Run '{group.path} --help' for usage."
     )
 
 
@@ -236,6 +259,11 @@ def execute(arguments: Sequence[str]) -> None:
     Raises:
         KamalProxyError: it can't be carried out.
     """
+    if arguments and arguments[0] in _COMPLETE:
+        from kamal_proxy.cli.completion import print_completion  # which needs this module
+
+        print_completion(arguments[1:], descriptions=_COMPLETE[arguments[0]])
+        return
     command, rest = find_command(arguments)
     grammar = command.grammar
     found = scan(grammar, rest)

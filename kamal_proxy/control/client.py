@@ -74,11 +74,19 @@ class ControlClient:
     Args:
         path: The socket; by default where the environment says.
         start_wait: Seconds to wait for a socket that is missing or refuses; START_WAIT by default.
+        reply_timeout: Seconds without a byte that a call lasts that does not wait for targets;
+            REPLY_TIMEOUT by default.
     """
 
-    def __init__(self, path: Path | None = None, start_wait: float | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        start_wait: float | None = None,
+        reply_timeout: float | None = None,
+    ) -> None:
         self._path = default_socket_path() if path is None else path
         self._start_wait = START_WAIT if start_wait is None else start_wait
+        self._reply_timeout = REPLY_TIMEOUT if reply_timeout is None else reply_timeout
 
     def services(self) -> list[ServiceDescription]:
         """Return the proxy's services.
@@ -224,7 +232,7 @@ class ControlClient:
     def _call(
         self, method: str, path: str, body: object = None, *, patient: bool = False
     ) -> Iterator[http.client.HTTPResponse]:
-        connection = self._connect(None if patient else REPLY_TIMEOUT)
+        connection = self._connect(None if patient else self._reply_timeout)
         try:
             with _io_errors():
                 data = None if body is None else json.dumps(body).encode()
@@ -261,9 +269,7 @@ def _io_errors() -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise ControlSocketError(
-            f"the proxy did not answer within {REPLY_TIMEOUT:.0f} seconds"
-        ) from None
+        raise ControlSocketError("the proxy did not answer in time") from None
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise ControlSocketError(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-
-from kamal_proxy.cli.commands import find_command
-from tests.running import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,8 +123,11 @@ USAGE = "Run 'kamal-proxy --help' for usage.\n"
         (["rollout", "set", "a", "--percent=1", "b"], "accepts 1 arg(s), received 2"),
         (["-h", "rollout", "set"],
          'unknown command "set" for "kamal-proxy"\nRun \'kamal-proxy --help\' for usage.'),
-        (["completion", "bash"], "completion is not supported yet by this version of kamal-proxy"),
-        (["help", "completion"], "completion is not supported yet by this version of kamal-proxy"),
+        (["completion", "powershell"], 'unknown command "powershell" for "kamal-proxy completion"'
+         "\n\nThere are:\n\tbash\n\tfish\n\tzsh\n\nRun 'kamal-proxy completion --help' for usage."),
+        (["completion", "ba"], 'unknown command "ba" for "kamal-proxy completion"'
+         "\n\nDid you mean this?\n\tbash\n\nRun 'kamal-proxy completion --help' for usage."),
+        (["completion", "bash", "x"], 'unknown command "x" for "kamal-proxy completion bash"'),
     ],
 )  # fmt: skip
 def test_refused(command: Command, argv: list[str], message: str) -> None:
@@ -162,174 +161,6 @@ def test_unknown_command(command: Command, word: str, suggestions: list[str]) ->
     assert command(word, "--help") == (
         1, "", f'Error: unknown command "{word}" for "kamal-proxy"\n{block}{USAGE}'
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [[], [""], ["help"], ["-h"], ["--help"], ["--help=false"], ["-h", "x"], ["--", "list"],
-     ["help", ""], ["help", "--", "-x"], ["help", "--", "--", "list"]],
-)  # fmt: skip
-def test_help_of_the_program(command: Command, argv: list[str]) -> None:
-    code, out, err = command(*argv)
-    assert (code, err) == (0, "")
-    assert out.splitlines()[0] == (
-        "Switches web and UDP services to new versions without losing a request"
-    )
-    assert out.splitlines()[2:] == [
-        "Usage:",
-        "  kamal-proxy [command]",
-        "",
-        "Commands:",
-        "  certs       Look after the certificates of services with TLS",
-        "  deploy      Deploy a service, or a new version of one, without losing a request",
-        "  deploy-udp  Deploy a UDP service, or a new version of one",
-        "  help        Show help for a command",
-        "  list        List the services and where their requests and datagrams go",
-        "  pause       Pause a service: new requests wait until it is resumed",
-        "  remove      Remove a service",
-        "  resume      Resume a service that was paused or stopped",
-        "  rollout     Serve some visitors from new targets first",
-        "  run         Run the proxy",
-        "  stop        Stop a service: new requests get an error page (503) until it is resumed",
-        "",
-        "Flags:",
-        "  -h, --help   Show this help for kamal-proxy",
-        "",
-        "'kamal-proxy help [command]' says more about a command.",
-    ]
-
-
-@pytest.mark.parametrize(
-    "argv", [["rm", "-h"], ["help", "rm"], ["help", "remove", "extra"], ["remove", "a", "b", "-h"]]
-)
-def test_help_of_a_command(
-    command: Command, monkeypatch: pytest.MonkeyPatch, argv: list[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert command(*argv) == (
-        0,
-        "Remove a service\n\n"
-        "Its hosts and paths are free again at once; requests in flight are not waited for. "
-        "A UDP service of that name is removed too: its sessions are cut and its port is free "
-        "again.\n\n"
-        "Usage:\n  kamal-proxy remove <service> [flags]\n\n"
-        "Aliases:\n  remove, rm\n\n"
-        "Flags:\n  -h, --help   Show this help for remove\n",
-        "",
-    )
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["rollout"], ["rollout", "bogus"], ["rollout", "bogus", "set"], ["rollout", "-h"],
-     ["rollout", "-h", "set"], ["rollout", "--help=false"], ["rollout", "--", "set", "a"],
-     ["rollout", ""], ["help", "rollout"], ["help", "rollout", "bogus"],
-     ["help", "--", "rollout", "-x", "set"], ["--help=0", "rollout"]],
-)  # fmt: skip
-def test_help_of_a_group(command: Command, argv: list[str]) -> None:
-    code, out, err = command(*argv)
-    assert (code, err) == (0, "")
-    assert out.splitlines()[0] == "Serve some visitors from new targets first"
-    assert out.partition("Usage:\n")[2].splitlines() == [
-        "  kamal-proxy rollout [command]",
-        "",
-        "Commands:",
-        "  deploy    Deploy the rollout targets of a service, beside its own",
-        "  set       Choose which visitors go to the rollout targets, by their cookie "
-        "kamal-rollout",
-        "  stop      Send all visitors of a service to its own targets again",
-        "",
-        "Flags:",
-        "  -h, --help   Show this help for rollout",
-        "",
-        "'kamal-proxy help rollout [command]' says more about a command.",
-    ]
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["help", "rollout", "stop"], ["rollout", "stop", "-h"], ["rollout", "--help=1", "stop"],
-     ["-h=1", "rollout", "stop", "a", "b"], ["help", "rollout", "stop", "extra"]],
-)  # fmt: skip
-def test_help_of_a_command_in_a_group(command: Command, argv: list[str]) -> None:
-    assert command(*argv) == (
-        0,
-        "Send all visitors of a service to its own targets again\n\n"
-        "The rollout targets stay, so 'rollout set' can begin anew.\n\n"
-        "Usage:\n  kamal-proxy rollout stop <service> [flags]\n\n"
-        "Flags:\n  -h, --help   Show this help for stop\n",
-        "",
-    )
-
-
-def test_help_of_deploy_lists_every_flag(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    code, out, _ = command("help", "deploy")
-    lines = out.split("Flags:\n")[1].splitlines()
-    assert code == 0
-    assert len(lines) == 40
-    names = [line[6:].split()[0] for line in lines]
-    assert names == sorted(names)
-    assert (
-        "      --drain-timeout duration             How long requests on the old targets may take "
-        "to finish (default 30s)" in lines
-    )
-    assert '"/up"' in next(line for line in lines if "--health-check-path" in line)
-    assert "default" not in next(line for line in lines if "--force" in line)
-
-
-def test_help_of_deploy_udp_lists_every_flag(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    code, out, _ = command("deploy-udp", "--help")
-    about, _, rest = out.partition("Usage:\n")
-    lines = rest.split("Flags:\n")[1].splitlines()
-    assert (code, len(lines)) == (0, 22)
-    assert rest.startswith("  kamal-proxy deploy-udp <service> [flags]\n")
-    for word in ("session", "drain", "--zero-downtime", "--protocol=webrtc"):
-        assert word in about
-    shown = dict(re.findall(r"^ +--(\S+) .* \(default (.*?)\)", "\n".join(lines), re.MULTILINE))
-    assert shown == {
-        "affinity-strategy": '"5-tuple"', "deploy-timeout": "30s", "drain-strategy": '"graceful"',
-        "drain-timeout": "30s", "force-kill-timeout": "2m0s", "health-check": '"tcp"',
-        "health-check-interval": "1s", "health-check-path": '"/up"', "health-check-timeout": "5s",
-        "max-sessions": "10000", "protocol": '"udp"', "rtcp-policy": '"auto"',
-        "session-affinity": "true", "session-timeout": "1m0s",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("word", ["pause", "stop", "resume", "remove"])
-def test_help_says_that_udp_services_are_meant_too(command: Command, word: str) -> None:
-    _, out, _ = command("help", word)
-    assert "UDP service of that name" in " ".join(out.split())
-
-
-def test_no_help_speaks_of_what_is_to_come(command: Command) -> None:
-    for name in ("run", "deploy", "certs", "certs list", "certs renew"):
-        assert "not supported" not in command(*name.split(), "--help")[1]
-
-
-@pytest.mark.parametrize("words", ["run", "deploy", "deploy-udp", "pause", "stop"])
-def test_the_page_lists_every_flag(words: str) -> None:
-    page = (ROOT / "docs" / "commands.md").read_text()
-    section = page.partition(f"\n## {words}\n")[2].partition("\n## ")[0]
-    listed = re.findall(r"^\| `--([\w-]+)(?: ([^`]+))?` \|", section, re.MULTILINE)
-    flags = find_command([words])[0].grammar.flags.values()
-    declared = [(flag.name, flag.kind.word) for flag in flags if flag.name != "help"]
-    assert sorted(listed) == sorted(declared)
-
-
-def test_help_is_as_wide_as_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    _, out, _ = command("deploy", "--help")
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_help_on_nothing_known(command: Command) -> None:
-    code, out, err = command("help", "nope", "x")
-    assert (code, out) == (0, "")
-    assert err.startswith("There is no help for 'nope x'.\n\nUsage:\n")
 
 
 def test_help_switched_off_runs_the_command(command: Command, tmp_path: Path) -> None:
@@ -401,7 +232,8 @@ def test_an_interrupt_is_no_traceback() -> None:
     [["list"], ["list", "--json"], ["deploy", "a", "--target=xx"],
      ["deploy-udp", "a", "--target=xx:1"], ["rm", "a"], ["pause", "a"],
      ["stop", "a"], ["resume", "a"], ["rollout"], ["rollout", "deploy", "a", "--target=xx"],
-     ["rollout", "set", "a", "--percent=1"], ["rollout", "stop", "a"], ["help"]],
+     ["rollout", "set", "a", "--percent=1"], ["rollout", "stop", "a"], ["help"],
+     ["completion", "bash"], ["__complete", "rm", ""]],
 )  # fmt: skip
 def test_commands_import_nothing_of_the_server(argv: list[str]) -> None:
     program = (
