@@ -21,7 +21,11 @@ def list_certificates(
         Bool, Parameter(help="Print all that is known of them, as JSON, instead of a table")
     ] = False,
 ) -> None:
-    """List the certificates, when they expire and when they will be renewed."""
+    """List the certificates, when they expire and when they will be renewed.
+
+    After the table comes a line for each that could not be obtained, with the words of the
+    certificate authority.
+    """
     from kamal_proxy.control.client import ControlClient
 
     certificates = ControlClient().certificates()
@@ -50,8 +54,9 @@ def list_certificates(
 def renew(host: Host, /) -> None:
     """Obtain a new certificate for a host now, before it is due.
 
-    Waits until it is there. Certificate authorities limit how often that may be done: Let's Encrypt
-    to five times a week for one host.
+    Waits until it is there. If the certificate authority refuses, the command fails with its words,
+    and the certificate that is there stays in use. Authorities limit how often a certificate may be
+    asked for: Let's Encrypt to five times a week for one host.
     """
     from kamal_proxy.control.client import ControlClient
 

@@ -100,7 +100,7 @@ def deploy(
     tls: Annotated[
         Bool,
         _TLS,
-        Parameter(help="Serve over HTTPS, with certificates made on demand (needs --host)"),
+        Parameter(help="Serve over HTTPS, with automatic certificates or your own (needs --host)"),
     ] = _SERVICE.tls_enabled,
     tls_on_demand_url: Annotated[
         Text,
@@ -123,10 +123,7 @@ def deploy(
     tls_acme_cache_path: Annotated[
         Directory | None,
         _TLS,
-        Parameter(
-            help="Directory for certificates that were made on demand (default: in the "
-            "data directory)"
-        ),
+        Parameter(help="Directory for automatic certificates (default: in the data directory)"),
     ] = None,
     tls_client_ca: Annotated[
         File,
@@ -252,9 +249,14 @@ def deploy(
     """Deploy a service, or a new version of one, without losing a request.
 
     Waits until every target is healthy, sends new requests there, lets the requests on the old
-    targets finish, and returns. If that fails, nothing has changed. Options are not remembered
-    from one deploy to the next. A repeatable flag also takes several values at once, separated by
-    commas.
+    targets finish, and returns. Those that are not finished at the drain timeout are cut.
+
+    If a target is not healthy at the deploy timeout, the command fails and says what was wrong with
+    each; nothing has changed then, and the old targets serve on. So it is with options that can't
+    work, and with hosts and paths that another service has.
+
+    Options are not remembered from one deploy to the next. A repeatable flag also takes several
+    values at once, separated by commas.
     """
     if max_request_body is not None and buffer_requests is None:
         raise UsageError("max-request-body can only be set when request buffering is enabled")

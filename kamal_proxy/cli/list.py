@@ -17,7 +17,11 @@ def list_services(
         Bool, Parameter(help="Print all that is known of them, as JSON, instead of a table")
     ] = False,
 ) -> None:
-    """List the services and where their requests and datagrams go."""
+    """List the services and where their requests and datagrams go.
+
+    The table has their names, hosts (* for all), path prefixes or UDP ports, targets (those for
+    reading at the end), whether they are running, paused or stopped, and whether they have TLS.
+    """
     from kamal_proxy.control.client import ControlClient
 
     # An HTTP and a UDP service may have the same name; the first has no UDP ports.

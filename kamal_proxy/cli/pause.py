@@ -27,8 +27,12 @@ def pause(
 ) -> None:
     """Pause a service: new requests wait until it is resumed.
 
-    Returns when the requests in flight have finished. Requests for the service's health-check path
-    are still answered, with 200. Neither a deploy nor a restart of the proxy ends a pause.
+    Returns when the requests in flight have finished; those that have not at the drain timeout are
+    cut. Fails if the service is resumed before that, and if there is none of that name.
+
+    A request that has waited for the longest pause gets an error page (504). Requests for the
+    service's health-check path are still answered, with 200. Neither a deploy nor a restart of the
+    proxy ends a pause.
 
     A UDP service of that name is paused too: the datagrams of new sessions are dropped.
     """
@@ -53,8 +57,11 @@ def stop(
 ) -> None:
     """Stop a service: new requests get an error page (503) until it is resumed.
 
-    Returns when the requests in flight have finished. Requests for the service's health-check path
-    are still answered, with 200. Neither a deploy nor a restart of the proxy starts it again.
+    Returns when the requests in flight have finished; those that have not at the drain timeout are
+    cut. Fails if the service is resumed before that, and if there is none of that name.
+
+    Requests for the service's health-check path are still answered, with 200. Neither a deploy nor
+    a restart of the proxy starts it again.
 
     A UDP service of that name is stopped too: all its datagrams are dropped.
     """
@@ -70,6 +77,7 @@ def resume(service: Service, /) -> None:
     """Resume a service that was paused or stopped.
 
     Requests that wait for the end of a pause go on. A UDP service of that name is resumed too.
+    Returns at once. A service that serves is left as it is; fails if there is none of that name.
     """
     from kamal_proxy.control.client import ControlClient
 

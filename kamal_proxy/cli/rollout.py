@@ -34,8 +34,9 @@ def deploy(
 ) -> None:
     """Deploy the rollout targets of a service, beside its own.
 
-    Waits until every target is healthy. They get no requests before 'rollout set' says whose. All
-    other options are those of the service.
+    Waits until every target is healthy, and for the requests on earlier rollout targets, which they
+    replace. They get no requests before 'rollout set' says whose. All other options are those of
+    the service. If it fails, nothing has changed.
     """
     if target is None:
         raise UsageError('required flag(s) "target" not set')
@@ -69,6 +70,7 @@ def set_split(
 
     Replaces what was set before. One value of the cookie always means the same side, and whoever is
     in at a lower percentage stays in at a higher one. Visitors without the cookie never go there.
+    Returns at once; fails if the service has no rollout targets.
     """
     if percent is None and list is None:
         raise UsageError("at least one of the flags in the group [percent list] is required")
@@ -82,7 +84,8 @@ def set_split(
 def stop(service: HttpService, /) -> None:
     """Send all visitors of a service to its own targets again.
 
-    The rollout targets stay, so 'rollout set' can begin anew.
+    Returns at once. The rollout targets stay, so 'rollout set' can begin anew. Fails if there are
+    none.
     """
     from kamal_proxy.control.client import ControlClient
 

@@ -217,7 +217,10 @@ def run(
 ) -> None:
     """Run the proxy.
 
-    It serves until it gets SIGTERM or SIGINT, then lets requests in flight finish.
+    It serves until it gets SIGTERM or SIGINT, then lets requests in flight finish, for as long as
+    the shutdown timeout says; a second signal ends it at once. The services are those of the last
+    run. It fails if a port is in use, or if what was saved of the services can't be read. It logs
+    to stdout, a line of JSON for each request.
 
     Each flag can also be set by a variable of the environment, such as KAMAL_PROXY_HEAD_TIMEOUT for
     --head-timeout; the flag is preferred. Lists are separated by commas there. $DEBUG and the ports

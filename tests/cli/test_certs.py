@@ -180,7 +180,8 @@ def test_without_a_proxy(command: Command) -> None:
 def test_help_of_the_group(command: Command) -> None:
     code, out, err = command("certs")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == [
+    usage = out.partition("Examples:\n")[0]
+    assert [line.split()[0] for line in usage.splitlines() if line.startswith("  ")] == [
         "kamal-proxy",
         "list",
         "renew",
