@@ -1,4 +1,4 @@
-"""A proxy as a process: signals, file descriptors, log lines on standard output."""
+"""A proxy as a process: signals, file descriptors, log lines on standard output, systemd."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import resource
 import signal
 from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from kamal_proxy.errors import KamalProxyError
-from kamal_proxy.logs import LineWriter
+from kamal_proxy.logs import LineWriter, Log
 from kamal_proxy.proxy import Proxy
+from kamal_proxy.systemd import READY, STOPPING, notify
 
 if TYPE_CHECKING:
     from kamal_proxy.run_options import RunOptions
@@ -42,8 +44,27 @@ def serve(options: RunOptions) -> None:
         writer.close()
 
 
+@attrs.frozen
+class _Supervisor:
+    """Whoever started the process and wants to know how it is; a task status of the proxy's."""
+
+    _log: Log
+
+    def started(self, value: object = None) -> None:  # noqa: ARG002  the protocol has it
+        """Tell that the proxy serves."""
+        self.tell(READY)
+
+    def tell(self, state: str) -> None:
+        """Tell a state; a proxy that can serve does, also if that fails."""
+        try:
+            notify(state)
+        except OSError as error:
+            self._log.error("systemd can't be told", state=state, error=str(error))
+
+
 async def _serve_until_signal(options: RunOptions, writer: LineWriter) -> None:
     proxy = Proxy(options, log=writer.write)
+    supervisor = _Supervisor(Log(writer.write, debug=options.debug))
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -51,11 +72,13 @@ async def _serve_until_signal(options: RunOptions, writer: LineWriter) -> None:
                 async for _ in signals:
                     if proxy.stopping:
                         nursery.cancel_scope.cancel(reason="a second signal")
+                    else:
+                        supervisor.tell(STOPPING)
                     proxy.stop()
 
             nursery.start_soon(watch_signals)
             nursery.start_soon(writer.run)
-            await proxy.run()
+            await proxy.run(task_status=supervisor)
             nursery.cancel_scope.cancel(reason="the proxy has stopped")
 
 

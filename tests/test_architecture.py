@@ -17,7 +17,17 @@ ROOT = Path(kamal_proxy.__file__).parent
 # ``control.messages`` and ``logs`` are far down because they are plain data and a plain sink.
 LAYERS = [
     {"errors", "_fastpath"},
-    {"durations", "logs", "lookups", "matching", "metrics", "networks", "proxy_protocol", "rules"},
+    {
+        "durations",
+        "logs",
+        "lookups",
+        "matching",
+        "metrics",
+        "networks",
+        "proxy_protocol",
+        "rules",
+        "systemd",
+    },
     {"run_options", "target_options", "udp.options", "json_format"},
     {"options"},
     {"balancer", "health", "control.messages", "state_format"},
