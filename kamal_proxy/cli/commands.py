@@ -153,8 +153,14 @@ COMMANDS = (
     Command("help", "kamal_proxy.cli.help:help_command", "[command]"),
 )
 
-# What scripts for completion ask, as those of the original do -> whether they want descriptions.
-_COMPLETE = {"__complete": True, "__completeNoDesc": False}
+# Hidden commands that scripts for completion run -> whether they want descriptions, and whether
+# they quote what they get. The first two are those of the original's scripts, which do not.
+_COMPLETE = {
+    "__complete": (True, False),
+    "__completeNoDesc": (False, False),
+    "__completeQuoting": (True, True),
+    "__completeQuotingNoDesc": (False, True),
+}
 
 
 @cache
@@ -262,7 +268,8 @@ def execute(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in _COMPLETE:
         from kamal_proxy.cli.completion import print_completion  # which needs this module
 
-        print_completion(arguments[1:], descriptions=_COMPLETE[arguments[0]])
+        descriptions, quoting = _COMPLETE[arguments[0]]
+        print_completion(arguments[1:], descriptions=descriptions, quoting=quoting)
         return
     command, rest = find_command(arguments)
     grammar = command.grammar

@@ -2,7 +2,8 @@
 
 ``kamal-proxy __complete WORD... CURRENT`` prints a line for each candidate, a tab between it and
 its description, and last a colon and a number that says what else may stand there. Scripts that the
-Go proxy has made use the same, so those that are installed go on working.
+Go proxy has made use the same, so those that are installed go on working. But they evaluate what
+they get (bash's ``compgen -W`` does), so they get nothing that a shell could read as anything else.
 
 All that is offered comes from the table of commands and their signatures, and from the proxy if one
 runs. Whatever goes wrong, nothing is offered and nothing is said: someone is typing.
@@ -11,6 +12,7 @@ runs. Whatever goes wrong, nothing is offered and nothing is said: someone is ty
 from __future__ import annotations
 
 import enum
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from kamal_proxy.control.client import ControlClient
 
 REPLY_TIMEOUT = 1.0  # seconds that the proxy may be silent while someone waits for a Tab
+_PLAIN = re.compile(r"-{0,2}\w[\w.:@%+-]*", re.ASCII)
 _CURSOR = "\0"  # stands for the word before the cursor; no argument can hold it
 
 
@@ -54,10 +57,18 @@ class Completion:
     others: Others = Others.NOTHING
 
 
-def print_completion(arguments: Sequence[str], *, descriptions: bool) -> None:
-    """Print what may stand in the place of the last argument."""
+def print_completion(arguments: Sequence[str], *, descriptions: bool, quoting: bool) -> None:
+    """Print what may stand in the place of the last argument.
+
+    Args:
+        arguments: As for :func:`complete`.
+        descriptions: Whether candidates are printed with what they mean.
+        quoting: Whether who reads it quotes candidates; otherwise only plain ones are printed.
+    """
     found = complete(arguments)
     for candidate in found.candidates:
+        if not quoting and not _PLAIN.fullmatch(candidate.text):
+            continue
         description = printable(candidate.description) if descriptions else ""
         sys.stdout.write("\t".join(filter(None, (candidate.text, description))) + "\n")
     sys.stdout.write(f":{found.others:d}\n")

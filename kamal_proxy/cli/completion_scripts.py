@@ -62,7 +62,7 @@ _kamal_proxy() {
 
 	local program=${words[0]/#~\//$HOME/}
 	type -P -- "$program" >/dev/null || program=kamal-proxy
-	mapfile -t answer < <("$program" __completeNoDesc "${words[@]:1}" 2>/dev/null)
+	mapfile -t answer < <("$program" __completeQuotingNoDesc "${words[@]:1}" 2>/dev/null)
 	((${#answer[@]})) || return 0
 	directive=${answer[-1]}
 	unset 'answer[-1]'
@@ -188,4 +188,6 @@ def fish(*, no_descriptions: Descriptions = False) -> None:
 
 
 def _asking(script: str, *, descriptions: bool) -> str:
-    return script.replace("@COMPLETE@", "__complete" if descriptions else "__completeNoDesc")
+    return script.replace(
+        "@COMPLETE@", "__completeQuoting" if descriptions else "__completeQuotingNoDesc"
+    )

@@ -194,6 +194,25 @@ def test_a_name_that_would_end_the_line_is_not_offered(command: Run, proxy: Scri
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["$(x)", "`x`", "a;b", "a&b", "a|b", "a<b", "a'b", 'a"b', "a\\b", "a*", "a?", "[a]", "{a,b}",
+     "~a", "=a", "#a", "!a", "a!b", "a^b", "a b", "a,b", "é"],
+)  # fmt: skip
+def test_scripts_of_the_original_get_no_name_that_a_shell_could_evaluate(
+    command: Run, proxy: ScriptedProxy, name: str
+) -> None:
+    names = [name, "a-b_c.d:e@f%g+h", "--force"]
+    for words in ("__complete", "__completeNoDesc"):
+        proxy.answer_json(200, {"services": [{"name": each} for each in names]})
+        candidates = command(words, "rm", "--", "")[1].splitlines()[:-1]
+        assert [each.partition("\t")[0] for each in candidates] == names[1:]
+    for words in ("__completeQuoting", "__completeQuotingNoDesc"):
+        proxy.answer_json(200, {"services": [{"name": each} for each in names]})
+        candidates = command(words, "rm", "--", "")[1].splitlines()[:-1]
+        assert [each.partition("\t")[0] for each in candidates] == names
+
+
+@pytest.mark.parametrize(
     "answer", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"]
 )
 def test_a_proxy_that_answers_nonsense_is_passed_over(
@@ -278,9 +297,9 @@ def test_a_script_is_what_its_shell_can_read(command: Run, shell: str) -> None:
 def test_a_script_asks_for_descriptions_unless_told_not_to(command: Run, shell: str) -> None:
     _, out, _ = command("completion", shell)
     _, bare, _ = command("completion", shell, "--no-descriptions")
-    assert ("__complete " in out) is (shell != "bash")  # which shows none
-    assert "__complete " not in bare
-    assert "__completeNoDesc " in bare
+    assert ("__completeQuoting " in out) is (shell != "bash")  # which shows none
+    assert "__completeQuoting " not in bare
+    assert "__completeQuotingNoDesc " in bare
 
 
 @needs("shellcheck", package="shellcheck")
