@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.tls.peers import Pair
 
 MIB = 1024 * 1024
+# What OpenSSL says of a record that is none; since 3.2 the last word is that of the record layer.
+NO_RECORD = "wrong version|bad record|record layer failure"
 
 
 # Reading
@@ -343,7 +345,7 @@ async def test_garbage_breaks_the_connection(pair: Pair, garbage: bytes) -> None
     peer.far.sendall(peer.encrypt(b"right") + garbage)
     assert await stream.receive() == b"right"
     for _ in range(2):
-        with pytest.raises(trio.BrokenResourceError, match=r"wrong version|bad record mac|bad"):
+        with pytest.raises(trio.BrokenResourceError, match=NO_RECORD):
             await stream.receive()
     assert stream.hung_up
     assert not stream.is_quiet_nowait()
@@ -359,7 +361,7 @@ async def test_a_changed_record_is_found_out(pair: Pair) -> None:
     record = bytearray(peer.encrypt(b"pay 1"))
     record[-20] ^= 1
     peer.far.sendall(record)
-    with pytest.raises(trio.BrokenResourceError, match="bad record mac"):
+    with pytest.raises(trio.BrokenResourceError, match=NO_RECORD):
         await stream.receive()
 
 

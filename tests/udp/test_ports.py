@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
@@ -91,9 +90,9 @@ def receive(listener: socket.socket) -> Datagram:
     local, mark, pktinfo = "", -1, b""
     for level, kind, value in ancillary:
         if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
-            pktinfo, local = value, str(ip_address(value[:16]))
+            pktinfo, local = value, socket.inet_ntop(socket.AF_INET6, value[:16])
         elif (level, kind) == (socket.IPPROTO_IP, 8):  # IP_PKTINFO: index, local, destination
-            pktinfo, local = value, str(ip_address(value[8:12]))
+            pktinfo, local = value, socket.inet_ntop(socket.AF_INET, value[8:12])
         elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_TCLASS):
             (mark,) = struct.unpack("i", value)
         elif (level, kind) == (socket.IPPROTO_IP, socket.IP_TOS):
@@ -136,7 +135,7 @@ def test_one_listener_has_both_families() -> None:
         assert (datagram.data, datagram.local, datagram.mark) == (b"six", "::1", MARK)
         four.sendto(b"four", ("127.0.0.3", port_of(listener)))
         datagram = receive(listener)
-        assert (datagram.data, datagram.local) == (b"four", "::ffff:7f00:3")
+        assert (datagram.data, datagram.local) == (b"four", "::ffff:127.0.0.3")
         assert datagram.client == ("::ffff:127.0.0.9", port_of(four))
 
 
@@ -147,7 +146,7 @@ def test_ipv4_looks_alike_however_it_is_bound(address: str) -> None:
         client.sendto(b"hi", ("127.0.0.2", port_of(listener)))
         datagram = receive(listener)
         assert listener.family == socket.AF_INET6
-        assert (datagram.local, datagram.mark) == ("::ffff:7f00:2", MARK)
+        assert (datagram.local, datagram.mark) == ("::ffff:127.0.0.2", MARK)
         assert datagram.client == ("::ffff:127.0.0.9", port_of(client))
         # The reply leaves from where the client sent to, and carries what it is told to.
         listener.sendmsg(
