@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         UdpOptions,
     )
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "AcmeError",
@@ -133,6 +133,10 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version  # takes longer to load than all of the above
+
+        return version("kamal-proxy")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)

@@ -15,6 +15,7 @@ import attrs
 import pytest
 import trio
 
+import kamal_proxy
 from kamal_proxy._fastpath import DROP_REASONS, END_REASONS
 from kamal_proxy.cli.arguments import scan
 from kamal_proxy.cli.commands import find_command
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
 
 
 def comparable(lines: list[str]) -> list[str]:
-    """Leave out times, and how often something was repeated."""
+    """Leave out times, the proxy's version, and how often something was repeated."""
     timeless = [re.sub(r'"elapsed": [0-9.e-]+', '"elapsed": T', line) for line in lines]
+    timeless = [re.sub(r'"version": "[0-9.]+"', '"version": V', line) for line in timeless]
     return [line for i, line in enumerate(timeless) if not i or line != timeless[i - 1]]
 
 
@@ -183,6 +185,15 @@ def test_command_lines_follow_the_grammar(page: Path) -> None:
 
 def test_command_lines_are_found() -> None:
     assert len([line for page in PAGES for line in command_lines(page)]) > 10
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    (latest, *_) = re.findall(r"^## (\d\S*) - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)
+    assert latest == kamal_proxy.__version__
 
 
 # --- the log -------------------------------------------------------------------------------------
