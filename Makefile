@@ -30,7 +30,7 @@ IMAGE ?= kamal-proxy:v$(VERSION)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build demo demo-udp example run test test-h11 lint format bench bench-udp sanitize fuzz
-.PHONY: fuzz-heads soak docker test-docker clean
+.PHONY: fuzz-heads soak docker test-docker dist test-dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -107,6 +107,20 @@ fuzz-heads: $(BUILT) ## give the scanner of heads millions, and h11 what it take
 soak: $(BUILT) ## the demo for long, twice, with HTTPS too: the proxy must not grow (SOAK_SWITCHES=150)
 	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS)
 	@$(BIN)/python -m example.demo --switches $(SOAK_SWITCHES) --rate $(RATE) $(DEMO_FLAGS) --tls
+
+# The linker of some Pythons writes where they are into what it makes, and keeps debug information,
+# which is five times as large as the rest. Auditwheel finds out which Linux systems the wheel runs on.
+dist: $(BUILT) ## build the sdist and a wheel, as for PyPI, in dist
+	@rm -rf dist build/dist build/lib.* build/temp.*
+	@LDSHARED='$(CC) -shared' LDFLAGS=-Wl,--strip-debug \
+	  $(BIN)/python -m build --outdir build/dist >$(VENV)/dist.log 2>&1 || \
+	  { cat $(VENV)/dist.log; echo 'Error: the build failed, see above' >&2; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl 2>&1
+	@mv build/dist/*.tar.gz dist
+	@$(BIN)/twine check --strict dist/*
+
+test-dist: dist ## install what make dist builds into clean environments, and test it there
+	@TEST_DIST=dist $(BIN)/python -m pytest tests/test_dist.py $(TEST_FLAGS)
 
 clean: ## remove everything that was built, and the state that make run kept
 	@rm -rf $(VENV) $(PRIVATE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

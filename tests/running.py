@@ -2,7 +2,8 @@
 
 Both collect their log lines in a :class:`Lines`, which a test can wait on; nothing here sleeps.
 The command gets a short temporary directory as HOME and XDG_RUNTIME_DIR (the path of a Unix socket
-must be short) and port 0, so that tests never meet each other or a proxy of the machine.
+must be short) and port 0, so that tests never meet each other or a proxy of the machine. With the
+path of an installed kamal-proxy in TEST_PROGRAM, that one is run instead of this source tree's.
 """
 
 from __future__ import annotations
@@ -269,8 +270,9 @@ class Command:
 
 
 def command_line(*arguments: str) -> list[str]:
-    """Return the command line that runs the command from this source tree."""
-    return [sys.executable, "-m", "kamal_proxy", *arguments]
+    """Return the command line that runs the command from this source tree, or ``TEST_PROGRAM``."""
+    program = os.environ.get("TEST_PROGRAM")
+    return [*([program] if program else [sys.executable, "-m", "kamal_proxy"]), *arguments]
 
 
 def environment(directory: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -284,10 +286,11 @@ def environment(directory: Path, extra: Mapping[str, str] | None = None) -> dict
     own = {
         "HOME": str(directory),
         "XDG_RUNTIME_DIR": str(directory),
-        "PYTHONPATH": str(ROOT),
         "KAMAL_PROXY_ACME_DIRECTORY": NO_AUTHORITY,
         "KAMAL_PROXY_LANE": str(LANE).lower(),
     }
+    if "TEST_PROGRAM" not in os.environ:  # another program must not find this package
+        own["PYTHONPATH"] = str(ROOT)
     return clean | own | dict(extra or {})
 
 
