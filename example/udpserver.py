@@ -149,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     name = options.name or options.version
     udp, tcp = bound(options.host, options.port, options.health_port)
     with udp, tcp:
+        if not options.boot_seconds:
+            tcp.listen()  # whoever reads the next line may connect at once
         print(f"{name} listening on {options.host}:{udp.getsockname()[1]}", flush=True)
         threading.Thread(target=accept, args=(tcp, options.boot_seconds), daemon=True).start()
         try:
