@@ -112,12 +112,15 @@ soak: $(BUILT) ## the demo for long, twice, with HTTPS too: the proxy must not g
 # which is five times as large as the rest. Auditwheel finds out which Linux systems the wheel runs on.
 dist: $(BUILT) ## build the sdist and a wheel, as for PyPI, in dist
 	@rm -rf dist build/dist build/lib.* build/temp.*
-	@LDSHARED='$(CC) -shared' LDFLAGS=-Wl,--strip-debug \
-	  $(BIN)/python -m build --outdir build/dist >$(VENV)/dist.log 2>&1 || \
-	  { cat $(VENV)/dist.log; echo 'Error: the build failed, see above' >&2; exit 1; }
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl 2>&1
-	@mv build/dist/*.tar.gz dist
-	@$(BIN)/twine check --strict dist/*
+	@if ! { LDSHARED='$(CC) -shared' LDFLAGS=-Wl,--strip-debug \
+	    $(BIN)/python -m build --outdir build/dist && \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl && \
+	    mv build/dist/*.tar.gz dist; } >$(VENV)/dist.log 2>&1; then \
+	  cat $(VENV)/dist.log; \
+	  echo 'Error: the build failed, see above' >&2; \
+	  exit 1; \
+	fi
+	@$(BIN)/twine --no-color check --strict dist/*
 
 test-dist: dist ## install what make dist builds into clean environments, and test it there
 	@TEST_DIST=dist $(BIN)/python -m pytest tests/test_dist.py $(TEST_FLAGS)
