@@ -75,7 +75,8 @@ async def test_redeploys_under_http2_load(
     async with open_instance("v0") as first:
         await command.deploy("web", f"--target={first.target}", *flags)
         url = f"https://localhost:{command.https_port}/slow?ms=20"
-        load = ["h2load", "-n", "2000", "-c", "4", "-m", "10", url]
+        # Of itself, h2load 1.70 tells a pipe how far it is when it has finished.
+        load = ["stdbuf", "-oL", "h2load", "-n", "2000", "-c", "4", "-m", "10", url]
         async with open_program(tmp_path, *load) as program, trio.open_nursery() as instances:
             await program.wait_for("progress: 10%")
             current = first
