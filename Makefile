@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
+# What makes the site needs nothing of the package, so it can be made where there is no compiler.
+DOCS_VENV := build/docs-tools
+MKDOCS := $(DOCS_VENV)/bin/mkdocs
 PRIVATE := .demo
 
 HTTP_PORT ?= 8080
@@ -16,6 +19,7 @@ TEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 BENCH_FLAGS ?=
 SOAK_SWITCHES ?= 150
+DOCS_ADDRESS ?= 127.0.0.1:8000
 # Files stay whole: what a file's tests share is made once.
 PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 export FUZZ_EXAMPLES ?= 20000
@@ -79,6 +83,15 @@ format: $(BUILT) ## format the code
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
 
+.PHONY: docs docs-serve
+docs: $(DOCS_VENV)/.built ## make a site of the documentation in build/docs; a warning is an error
+	@# Not --quiet: what is not shown is not counted as a warning.
+	@$(MKDOCS) build --strict >$(DOCS_VENV)/docs.log 2>&1 || { cat $(DOCS_VENV)/docs.log; exit 1; }
+	@echo 'build/docs/index.html is built'
+
+docs-serve: $(DOCS_VENV)/.built ## show the site, and changes as they are made (DOCS_ADDRESS=127.0.0.1:8000)
+	@$(MKDOCS) serve --dev-addr $(DOCS_ADDRESS)
+
 bench: $(BUILT) ## measure CPU per request and memory beside nginx, HAProxy, Caddy (BENCH_FLAGS=--smoke)
 	@$(BIN)/python -m benchmarks.http $(BENCH_FLAGS)
 
@@ -137,6 +150,24 @@ $(BUILT): pyproject.toml $(wildcard kamal_proxy/*.pyx kamal_proxy/*.pxi)
 	@if ! $(BIN)/python -m pip install --editable '.[dev]' >$(VENV)/build.log 2>&1; then \
 	  cat $(VENV)/build.log; \
 	  echo 'Error: the build failed, see above' >&2; \
+	  exit 1; \
+	fi
+	@touch $@
+
+# The theme would tell of the plans for its next version each time.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+# Only what the extra of that name lists is installed, not the package, which would be compiled.
+$(DOCS_VENV)/.built: pyproject.toml
+	@.ci/check-tools '$(PYTHON)' docs
+	@test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv --clear $(DOCS_VENV)
+	@if ! $(DOCS_VENV)/bin/python -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	    >$(DOCS_VENV)/requirements.txt || \
+	  ! $(DOCS_VENV)/bin/python -m pip install --requirement $(DOCS_VENV)/requirements.txt \
+	    >$(DOCS_VENV)/build.log 2>&1; then \
+	  cat $(DOCS_VENV)/build.log; \
+	  echo 'Error: the tools for the documentation could not be installed, see above' >&2; \
 	  exit 1; \
 	fi
 	@touch $@
