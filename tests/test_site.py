@@ -31,8 +31,9 @@ def names(paths: list[Path]) -> list[str]:
 
 def test_every_page_is_in_the_navigation_once() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    listed = re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)
-    assert sorted(listed) == [page.name for page in PAGES]
+    listed = re.findall(r": ([\w-]+\.md)\b", navigation)
+    assert sorted(listed) == sorted([*(page.name for page in PAGES), "changelog.md"])
+    assert (ROOT / "CHANGELOG.md").exists()  # of which that page is made
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
