@@ -95,7 +95,7 @@ def test_the_sdist_has_all_that_its_tests_need_and_nothing_that_was_built(sdist:
 
     assert files - made_by_setuptools == in_repository(
         *("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"),
-        *(".ci/check-tools", ".dockerignore", "Dockerfile", "Makefile"),
+        *(".ci/check-tools", ".dockerignore", "Dockerfile", "Makefile", "mkdocs.yml"),
         *("kamal_proxy", "benchmarks", "docs", "example", "tests"),
     )
     assert all(member.isfile() or member.isdir() for member in members.values())
