@@ -17,6 +17,25 @@ MINIMUM_VERSION = "v0.9.2"
 APPS_CONFIG = "/home/kamal-proxy/.apps-config"
 PRUNE = "prune --force --filter label=org.opencontainers.image.title=kamal-proxy"
 
+# What the richest application of Kamal's own tests has under ``proxy``.
+RICHEST: dict[str, Any] = {
+    "host": "localhost",
+    "healthcheck": {"interval": 1, "timeout": 1, "path": "/up"},
+    "response_timeout": 2,
+    "buffering": {
+        "requests": False,
+        "responses": False,
+        "memory": 400_000,
+        "max_request_body": 40_000_000,
+        "max_response_body": 40_000_000,
+    },
+    "forward_headers": True,
+    "logging": {
+        "request_headers": ["Cache-Control", "X-Forwarded-Proto"],
+        "response_headers": ["X-Request-ID", "X-Request-Start"],
+    },
+}
+
 START = f"docker container start {CONTAINER}"
 STOP = f"docker container stop {CONTAINER}"
 VERSION = f"docker inspect {CONTAINER} --format '{{{{.Config.Image}}}}' | awk -F: '{{print $NF}}'"

@@ -12,23 +12,6 @@ LOGGED = (
     '--log-request-header="Cache-Control" --log-request-header="Last-Modified" '
     '--log-request-header="User-Agent"'
 )
-RICH = {
-    "host": "localhost",
-    "healthcheck": {"interval": 1, "timeout": 1, "path": "/up"},
-    "response_timeout": 2,
-    "buffering": {
-        "requests": False,
-        "responses": False,
-        "memory": 400_000,
-        "max_request_body": 40_000_000,
-        "max_response_body": 40_000_000,
-    },
-    "forward_headers": True,
-    "logging": {
-        "request_headers": ["Cache-Control", "X-Forwarded-Proto"],
-        "response_headers": ["X-Request-ID", "X-Request-Start"],
-    },
-}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +39,7 @@ RICH = {
             kamal.deploy(
                 "app_with_roles-web",
                 "1a2b3c4d5e6f:80",
-                RICH,
+                kamal.RICHEST,
                 deploy_timeout=2,
                 drain_timeout=2,
                 error_pages=f"{kamal.APPS_CONFIG}/app_with_roles/error_pages/abc",

@@ -1,8 +1,7 @@
-"""What each flag of deploy becomes, Kamal's own command lines, and what happens with the answer."""
+"""What each flag of deploy becomes, and what happens with the answer."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -176,44 +175,6 @@ def test_path_timeouts_that_are_none(
     argv = ["deploy", "app", "--target=t1:80", "--path-timeout", value]
     assert command(*argv) == (1, "", f"Error: {message}\n")
     assert proxy.requests == []
-
-
-KAMAL_LINES = [
-    ('app-web --target="172.1.0.2:80" --deploy-timeout="30s" '
-     '--drain-timeout="30s" --buffer-requests --buffer-responses '
-     '--log-request-header="Cache-Control" --log-request-header="Last-Modified" '
-     '--log-request-header="User-Agent"'),
-    ('app-web --target="172.1.0.2:80" --host="example.com" --host="anotherexample.com" '
-     '--tls --deploy-timeout="30s" --drain-timeout="30s" --buffer-requests --buffer-responses'),
-    ('app-web2 --target="123:80" --deploy-timeout="6s" --drain-timeout="30s" '
-     '--target-timeout="15s" --buffer-requests --buffer-responses'),
-    ('custom-busybox --target="172.1.0.2:80" --host="busybox.example.com" '
-     '--deploy-timeout="30s" --drain-timeout="30s" --buffer-requests="false" '
-     '--buffer-responses="false"'),
-    ('app_with_roles-web --target="1a2b3c4d5e6f:80" --host="localhost" '
-     '--deploy-timeout="2s" --drain-timeout="2s" --health-check-interval="1s" '
-     '--health-check-timeout="1s" --health-check-path="/up" --target-timeout="2s" '
-     '--buffer-requests="false" --buffer-responses="false" --buffer-memory="400000" '
-     '--max-request-body="40000000" --max-response-body="40000000" --forward-headers '
-     '--log-request-header="Cache-Control" --log-request-header="X-Forwarded-Proto" '
-     '--log-response-header="X-Request-ID" --log-response-header="X-Request-Start" '
-     '--error-pages="/home/kamal-proxy/.apps-config/app_with_roles/error_pages/0a1b2c"'),
-    ('app-web --target="1a2b3c4d5e6f:80" --host="localhost" --tls '
-     '--tls-certificate-path="/home/kamal-proxy/.apps-config/app/tls/web/cert.pem" '
-     '--tls-private-key-path="/home/kamal-proxy/.apps-config/app/tls/web/key.pem" '
-     '--tls-redirect="false"'),
-    ('app-web --target "172.1.0.2:80" --path-prefix="/api" --path-prefix="/oauth_callback" '
-     '--strip-path-prefix="false" --forward-headers="false"'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("line", KAMAL_LINES)
-def test_lines_that_kamal_sends_are_understood(
-    proxy: ScriptedProxy, command: Command, line: str
-) -> None:
-    proxy.answer_events(DONE)
-    assert command("deploy", *shlex.split(line)) == (0, "", "")
-    assert sent(proxy).targets[0] in line
 
 
 def test_remove(proxy: ScriptedProxy, command: Command) -> None:

@@ -364,28 +364,11 @@ async def test_each_option(server: Server, v1: Instance) -> None:
 async def test_all_options_at_once(server: Server, v1: Instance, tmp_path: Path) -> None:
     """The richest line of Kamal's own tests, and what the visitors notice of it."""
     (tmp_path / "503.html").write_text("Custom Maintenance Page: {{ .Message }}")
-    proxy = {
-        "host": "localhost",
-        "healthcheck": {"interval": 1, "timeout": 1, "path": "/up"},
-        "response_timeout": 2,
-        "buffering": {
-            "requests": False,
-            "responses": False,
-            "memory": 400_000,
-            "max_request_body": 40_000_000,
-            "max_response_body": 40_000_000,
-        },
-        "forward_headers": True,
-        "logging": {
-            "request_headers": ["Cache-Control", "X-Forwarded-Proto"],
-            "response_headers": ["X-Request-ID", "X-Request-Start"],
-        },
-    }
     await server.run(
         kamal.deploy(
             "app_with_roles-web",
             v1.target,
-            proxy,
+            kamal.RICHEST,
             deploy_timeout=2,
             drain_timeout=2,
             error_pages=str(tmp_path),
