@@ -104,7 +104,7 @@ docker: ## build the container image (IMAGE=kamal-proxy:v<version> BASE=debian:t
 	@$(DOCKER) image inspect --format '$(IMAGE) is built, {{.Size}} bytes' $(IMAGE)
 
 test-docker: $(BUILT) ## build the image, and be Kamal to it; as root, on Debian (docker.io, debootstrap)
-	@.ci/with-docker sh -ec '"$$@"; KAMAL_PROXY_TEST_IMAGE=$(IMAGE) \
+	@BASE=$(BASE) .ci/with-docker sh -ec '"$$@"; KAMAL_PROXY_TEST_IMAGE=$(IMAGE) \
 	  $(BIN)/python -m pytest tests/docker $(TEST_FLAGS)' \
 	  - $(MAKE) --no-print-directory docker DOCKER_FLAGS='--network host --quiet'
 
