@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ import trio
 
 from tests import kamal
 from tests.certificates import self_signed
+from tests.ports import free_port
 from tests.running import ROOT, Result
 from tests.scripted import open_client
 
@@ -130,13 +130,6 @@ def docker(*words: str) -> str:
     """Run the real command and return what it printed."""
     done = subprocess.run(["docker", *words], check=True, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @pytest.fixture

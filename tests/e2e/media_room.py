@@ -21,9 +21,9 @@ import trio
 
 from tests.e2e.programs import open_program
 from tests.e2e.udp_room import rows
+from tests.ports import is_free
 from tests.running import ROOT, START_LIMIT, Command, open_command
 from tests.scripted import LOCALHOST
-from tests.udp.serving import is_free
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

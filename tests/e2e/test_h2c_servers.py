@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import trio
 
 from kamal_proxy import DeployOptions, HealthCheckOptions, TargetOptions
 from tests.e2e.programs import needs, open_program
+from tests.ports import free_port
 from tests.running import Embedded, open_embedded
 from tests.scripted import LOCALHOST, open_client
 
@@ -44,13 +44,6 @@ async def proxy() -> AsyncIterator[Embedded]:
 def same(body: bytes, wanted: bytes) -> bool:
     """Compare without showing megabytes."""
     return body == wanted
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.create_server((LOCALHOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 async def deploy(proxy: Embedded, port: int, path: str) -> None:

@@ -19,6 +19,7 @@ import trio
 from tests import kamal
 from tests.certificates import Authority, make_ca, self_signed
 from tests.e2e.programs import needs, open_program
+from tests.ports import free_port
 from tests.running import (
     ROOT,
     START_LIMIT,
@@ -448,9 +449,7 @@ async def test_the_command_with_all_that_kamal_can_give(directory: Path) -> None
 
 async def test_the_command_with_variables(directory: Path) -> None:
     """The image's own ``CMD``, with what a user put under ``run.options.env``."""
-    with trio.socket.socket() as free:
-        await free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     variables = {
         **environment(directory),
         "KAMAL_PROXY_HTTP_PORT": str(port),
@@ -477,9 +476,7 @@ async def test_behind_a_load_balancer(server: Server, v1: Instance, tmp_path: Pa
     """As in Kamal's own tests: nginx before the proxies, which speaks HTTP/1.0 to them."""
     async with open_instance("v2") as other:
         await server.run(kamal.deploy("app-web", v1.target, {"host": "app.example"}))
-        with trio.socket.socket() as free:
-            await free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         (tmp_path / "nginx.conf").write_text(
             f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
             f"http {{ access_log off; upstream all {{ server 127.0.0.1:{server.command.port}; }}\n"

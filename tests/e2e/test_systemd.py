@@ -23,8 +23,8 @@ from kamal_proxy.durations import parse_duration
 from kamal_proxy.run_options import RunOptions
 from tests.e2e.namespaces import can_make_namespaces, open_namespace
 from tests.e2e.programs import needs, open_program
+from tests.ports import free_port
 from tests.running import ROOT, command_line, kp, open_command, open_instance
-from tests.udp.serving import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -12,9 +12,10 @@ import pytest
 import trio
 
 from tests.e2e.udp_room import NOTHING, Room, rows, udp_state_path, wait_switched
+from tests.ports import free_port, is_free
 from tests.running import command_line, environment, kp, open_command
 from tests.scripted import LOCALHOST, open_client, open_upstream
-from tests.udp.serving import free_port, is_free, until
+from tests.udp.serving import until
 
 if TYPE_CHECKING:
     from pathlib import Path

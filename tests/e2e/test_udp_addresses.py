@@ -12,9 +12,9 @@ import trio
 
 from tests.e2e.namespaces import can_make_namespaces, open_namespace
 from tests.e2e.udp_room import NOTHING, has_ipv6, rows
+from tests.ports import free_port, is_free
 from tests.running import open_command
 from tests.scripted import LOCALHOST
-from tests.udp.serving import free_port, is_free
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

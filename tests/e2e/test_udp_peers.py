@@ -14,9 +14,9 @@ import trio
 
 from tests.e2e.programs import needs, open_program, output_of
 from tests.e2e.udp_room import NOTHING, Room, has_ipv6, wait_switched
+from tests.ports import free_port
 from tests.running import START_LIMIT
 from tests.scripted import LOCALHOST
-from tests.udp.serving import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

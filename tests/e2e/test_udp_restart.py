@@ -11,8 +11,9 @@ import pytest
 import trio
 
 from tests.e2e.udp_room import rows, udp_state_path
+from tests.ports import is_free
 from tests.running import open_command
-from tests.udp.serving import is_free, until
+from tests.udp.serving import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

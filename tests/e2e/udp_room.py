@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
+from tests.ports import free_port
 from tests.scripted import LOCALHOST
-from tests.udp.serving import Client, Target, free_port
+from tests.udp.serving import Client, Target
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ import trio
 
 from kamal_proxy.tls.contexts import challenge_context
 from tests.certificates import make_ca
+from tests.ports import free_port
 from tests.scripted import fail_hanging_test
 
 if TYPE_CHECKING:
@@ -59,11 +59,6 @@ class Pebble:
     shaken: list[str] = attrs.field(factory=list)
 
 
-def _free_ports(count: int) -> list[socket.socket]:
-    """Bind ports that nobody has; close them just before they are used."""
-    return [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-
-
 @asynccontextmanager
 async def open_pebble(
     *,
@@ -89,10 +84,7 @@ async def open_pebble(
         ca = make_ca("test authority of Pebble")
         (directory / "ca.pem").write_bytes(ca.pem)
         cert, key = ca.issue("localhost", "127.0.0.1").write(directory)
-        reserved = _free_ports(6)
-        acme, management, dns, names_management, http, tls = (
-            each.getsockname()[1] for each in reserved
-        )
+        acme, management, dns, names_management, http, tls = (free_port() for _ in range(6))
         settings = {
             "listenAddress": f"127.0.0.1:{acme}",
             "managementListenAddress": f"127.0.0.1:{management}",
@@ -110,8 +102,6 @@ async def open_pebble(
             "PEBBLE_WFE_NONCEREJECT": str(nonce_reject),
             "PEBBLE_AUTHZREUSE": str(reuse),
         }
-        for each in reserved:
-            each.close()
         made = Pebble(f"https://127.0.0.1:{acme}/dir", str(directory / "ca.pem"), http, tls)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fail_hanging_test)

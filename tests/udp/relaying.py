@@ -30,6 +30,7 @@ from kamal_proxy._fastpath import (
 )
 from kamal_proxy.errors import ListenError
 from kamal_proxy.udp.ports import listen_udp
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -353,12 +354,6 @@ class Driver:
         del self._peers[peer.sock.fileno()]
         peer.sock.close()
 
-    def closed_port(self, address: str = "127.0.0.1") -> int:
-        """Return a port where nobody listens."""
-        with Target(address).sock as sock:
-            port: int = sock.getsockname()[1]
-        return port
-
     # Driving
 
     def admit(self, newcomer: Newcomer) -> None:
@@ -442,7 +437,7 @@ class Driver:
     def wait_for(self, seconds: float) -> None:
         """Let time pass while datagrams move: until a session that nobody answers is over."""
         generation = self.relay.add_generation(seconds, seconds)
-        target = self.relay.add_target("127.0.0.1", self.closed_port())
+        target = self.relay.add_target("127.0.0.1", free_port())
         client = end_of(("127.255.255.254", 1 + generation))
         listener = self.numbers[0]
         self.relay.restore(

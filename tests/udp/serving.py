@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import re
 import socket
 import subprocess
@@ -48,6 +47,7 @@ from kamal_proxy.udp.session_store import SessionStore
 from kamal_proxy.udp.state_format import SavedUdpService
 from tests.deploying import Lines
 from tests.pairs import running_poller
+from tests.ports import free_port
 from tests.scripted import LOCALHOST, fail_hanging_test
 
 if TYPE_CHECKING:
@@ -68,30 +68,6 @@ _SESSION_FIELDS = {field.name for field in attrs.fields(SessionOptions)}
 _MEDIA_FIELDS = {"protocol", "port_ranges", "rtcp_policy"}
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-
-
-def free_port() -> int:
-    """Return a port that is free, for UDP and TCP, where the kernel gives none by itself.
-
-    A port that it chose could be given to an upstream socket before the test binds it.
-    """
-    with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-        lowest = int(file.read().split()[0])
-    while True:
-        port = random.randrange(10_000, max(lowest, 20_000))
-        if is_free(port):
-            with suppress(OSError), socket.create_server((LOCALHOST, port)):
-                return port
-
-
-def is_free(port: int) -> bool:
-    """Tell whether nobody has a UDP port, on any address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from kamal_proxy import PauseOptions, lookups
 from kamal_proxy.deployment import DrainResult
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import names
+from tests.ports import free_port
 from tests.reference.media import look_at
 from tests.scripted import LOCALHOST
 from tests.udp.callers import SHORT, Calls, open_calls, saying
-from tests.udp.serving import free_port, until
+from tests.udp.serving import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

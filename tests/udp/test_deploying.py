@@ -21,13 +21,12 @@ from kamal_proxy.errors import (
 )
 from tests.deploying import run_with_every_cancellation, save_in_this_thread
 from tests.pairs import Steps
+from tests.ports import free_port, is_free
 from tests.scripted import LOCALHOST, open_client, open_upstream
 from tests.udp.serving import (
     PATIENT,
     Room,
-    free_port,
     held_port,
-    is_free,
     open_services,
     open_whole,
     until,

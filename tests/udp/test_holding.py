@@ -14,8 +14,9 @@ from kamal_proxy.errors import InvalidOptionsError, ServiceNotFoundError
 from kamal_proxy.udp.services import UdpServices
 from tests.deploying import run_with_every_cancellation, save_in_this_thread
 from tests.pairs import Steps
+from tests.ports import free_port
 from tests.scripted import LOCALHOST
-from tests.udp.serving import Room, free_port, open_services, open_world, until
+from tests.udp.serving import Room, open_services, open_world, until
 
 if TYPE_CHECKING:
     from pathlib import Path

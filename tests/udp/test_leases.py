@@ -25,14 +25,13 @@ from kamal_proxy.errors import (
 from kamal_proxy.udp import descriptors, leases, ports, running, services
 from tests.deploying import run_with_every_cancellation, save_in_this_thread
 from tests.pairs import Steps
+from tests.ports import free_port, is_free
 from tests.scripted import LOCALHOST
 from tests.udp.serving import (
     PATIENT,
     Room,
     World,
-    free_port,
     held_port,
-    is_free,
     open_services,
     open_world,
     until,

@@ -15,14 +15,13 @@ import trio
 
 from kamal_proxy.errors import KamalProxyError
 from kamal_proxy.udp import descriptors, running
+from tests.ports import free_port, is_free
 from tests.scripted import LOCALHOST
 from tests.udp.serving import (
     UNANSWERED,
     Client,
     Received,
     Room,
-    free_port,
-    is_free,
     open_services,
     until,
 )

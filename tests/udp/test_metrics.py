@@ -10,8 +10,9 @@ import trio
 
 from kamal_proxy import PauseOptions, StopOptions
 from kamal_proxy.proxy_protocol import encode_v2
+from tests.ports import free_port
 from tests.scripted import LOCALHOST
-from tests.udp.serving import UNANSWERED, Room, free_port, open_services, open_whole, until
+from tests.udp.serving import UNANSWERED, Room, open_services, open_whole, until
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.ports import free_port
 from tests.udp.calling import (
     ALERT,
     HANDSHAKE,
@@ -263,7 +264,7 @@ def test_who_has_nobody_any_more_is_gone_once(driver: Driver) -> None:
 def consenting(driver: Driver, idle: float) -> tuple[int, Client, Target]:
     """Begin an ICE session whose client was last heard so many seconds ago."""
     target, client = driver.target(), driver.client()
-    port = driver.closed_port()
+    port = free_port()
     driver.relay.restore(
         driver.numbers[0], end_of(client.where), 0, packed("127.0.0.1"), driver.generation,
         target.number, port, True, idle,
@@ -296,7 +297,7 @@ def test_consent_lapses(driver: Driver) -> None:
 def test_no_consent_is_asked_of_others(driver: Driver) -> None:
     """A session that is no ICE's may be one-sided for as long as it likes."""
     generation = driver.relay.add_generation(60.0, 60.0, media=True)
-    target, port = driver.target(), driver.closed_port()
+    target, port = driver.target(), free_port()
     client = driver.client()
     driver.relay.restore(
         driver.numbers[0], end_of(client.where), 0, packed("127.0.0.1"), driver.generation,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kamal_proxy._fastpath import RUN_MORE
+from tests.ports import free_port
 from tests.udp.relaying import Client, Driver, Target, driving, echo, end_of, packed
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def test_datagrams_in_either_direction_prolong_a_session(driver: Driver) -> None
 def test_what_is_refused_prolongs_nothing(driver: Driver) -> None:
     """A target that refuses has said nothing; only the client prolongs the session."""
     driver.generation = driver.relay.add_generation(0.5, 0.3)
-    driver.targets = [driver.relay.add_target("127.0.0.1", driver.closed_port())]
+    driver.targets = [driver.relay.add_target("127.0.0.1", free_port())]
     client = driver.client()
     client.say(b"hi")
     driver.pump(lambda: driver.refusals)

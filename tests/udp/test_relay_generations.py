@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kamal_proxy._fastpath import END_REASONS, RUN_EMPTIED, Relay
+from tests.ports import free_port
 from tests.udp.relaying import Driver, driving, echo, needs_ipv6, open_descriptors
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def test_changes_differ_when_anything_has_changed(driver: Driver) -> None:
     driver.settle()
     assert differs()
     driver.shut(target)
-    driver.targets = [driver.relay.add_target("127.0.0.1", driver.closed_port())]
+    driver.targets = [driver.relay.add_target("127.0.0.1", free_port())]
     begin(driver, 1)
     assert differs()
     driver.pump(lambda: driver.refusals)

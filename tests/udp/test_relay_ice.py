@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kamal_proxy._fastpath import RUN_MORE
+from tests.ports import free_port
 from tests.udp.calling import (
     ALERT,
     HANDSHAKE,
@@ -193,7 +194,7 @@ def test_only_requests_are_asked_with(driver: Driver) -> None:
 
 
 def test_a_target_that_refuses_is_not_the_one(driver: Driver) -> None:
-    ports = [driver.closed_port() for _ in range(2)]
+    ports = [free_port() for _ in range(2)]
     gone = [driver.relay.add_target("127.0.0.1", port) for port in ports]
     targets = [driver.target(), driver.target()]
     driver.targets = [gone[0], targets[0].number, gone[1], targets[1].number]
@@ -219,7 +220,7 @@ def test_a_target_that_refuses_is_not_the_one(driver: Driver) -> None:
 def test_the_only_one_that_is_left_is_told_everything(driver: Driver) -> None:
     """And it is heard, though it may not know the client: nobody else can be meant."""
     target = driver.target()
-    driver.targets.append(driver.relay.add_target("127.0.0.1", driver.closed_port()))
+    driver.targets.append(driver.relay.add_target("127.0.0.1", free_port()))
     target.answer = answering(error(401))
     client = driver.client()
     client.say(request())
@@ -232,7 +233,7 @@ def test_the_only_one_that_is_left_is_told_everything(driver: Driver) -> None:
 
 
 def test_all_are_asked_again_when_all_have_refused(driver: Driver) -> None:
-    ports = [driver.closed_port() for _ in range(2)]
+    ports = [free_port() for _ in range(2)]
     driver.targets = [driver.relay.add_target("127.0.0.1", port) for port in ports]
     client = driver.client()
     for _ in range(2):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kamal_proxy._fastpath import RUN_REFUSED
+from tests.ports import free_port
 from tests.udp.relaying import (
     SO_NO_CHECK,
     Client,
@@ -111,7 +112,7 @@ def test_clients_that_are_gone_cost_the_others_nothing(driver: Driver) -> None:
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_refusal_is_told(driver: Driver, address: str) -> None:
-    number = driver.relay.add_target(address, driver.closed_port(address))
+    number = driver.relay.add_target(address, free_port())
     driver.targets = [number]
     client = driver.client(address)
     client.say(b"hi")
@@ -157,7 +158,7 @@ def test_an_answer_makes_a_refusal_forgotten(driver: Driver) -> None:
 
 
 def test_refusals_of_many_sessions_are_told(driver: Driver) -> None:
-    driver.targets = [driver.relay.add_target("127.0.0.1", driver.closed_port())]
+    driver.targets = [driver.relay.add_target("127.0.0.1", free_port())]
     clients = [driver.client(f"127.0.0.{number % 5 + 1}") for number in range(300)]
     for place, client in enumerate(clients):
         client.say(b"hi")
@@ -168,7 +169,7 @@ def test_refusals_of_many_sessions_are_told(driver: Driver) -> None:
 
 
 def test_an_ended_session_is_not_told(driver: Driver) -> None:
-    driver.targets = [driver.relay.add_target("127.0.0.1", driver.closed_port())]
+    driver.targets = [driver.relay.add_target("127.0.0.1", free_port())]
     client = driver.client()
     client.say(b"hi")
     driver.turn()  # admitted, and refused meanwhile
@@ -206,7 +207,7 @@ def test_what_a_refusal_held_up_is_sent(driver: Driver, kind: str) -> None:
 
 
 def test_what_came_before_the_session_survives_a_refusal(driver: Driver) -> None:
-    driver.targets = [driver.relay.add_target("127.0.0.1", driver.closed_port())]
+    driver.targets = [driver.relay.add_target("127.0.0.1", free_port())]
     client = driver.client()
     for data in (b"1", b"2", b"3"):
         client.say(data)
@@ -221,7 +222,7 @@ def test_what_came_before_the_session_survives_a_refusal(driver: Driver) -> None
 
 def refused(driver: Driver, *first: bytes, segment: int = 0) -> tuple[Client, int]:
     """Let a closed port refuse a newcomer; return it and its session."""
-    driver.targets = [driver.relay.add_target("127.0.0.1", driver.closed_port())]
+    driver.targets = [driver.relay.add_target("127.0.0.1", free_port())]
     client = driver.client()
     for data in first:
         client.say(data, segment=segment)
@@ -307,7 +308,7 @@ def test_an_answered_session_sends_nothing_again(driver: Driver) -> None:
 def test_a_session_may_move_again(driver: Driver) -> None:
     _, session = refused(driver, b"first")
     for moves in range(1, 4):
-        closed = driver.relay.add_target("127.0.0.1", driver.closed_port())
+        closed = driver.relay.add_target("127.0.0.1", free_port())
         assert driver.relay.move(session, driver.generation, closed)
         driver.pump(lambda: driver.refusals)
         refusal = driver.refusals.pop()

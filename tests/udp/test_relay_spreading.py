@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.ports import free_port
 from tests.udp.relaying import Driver, Target, driving, echo, open_descriptors
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def test_a_target_that_refuses_is_passed_over_for_a_moment(driver: Driver) -> No
 
 def test_one_is_tried_when_all_refuse(driver: Driver) -> None:
     for _ in range(2):
-        driver.targets.append(driver.relay.add_target("127.0.0.1", driver.closed_port()))
+        driver.targets.append(driver.relay.add_target("127.0.0.1", free_port()))
     client = driver.client()
     for _ in range(6):
         client.say(b"hi")

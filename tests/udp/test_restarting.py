@@ -16,13 +16,12 @@ from kamal_proxy.errors import PortConflictError, StateError
 from kamal_proxy.proxy_protocol import encode_v2
 from kamal_proxy.udp import saved_sessions, services, session_saving
 from kamal_proxy.udp.saved_sessions import RECORD, ServiceSessions
+from tests.ports import free_port, is_free
 from tests.scripted import LOCALHOST
 from tests.udp.serving import (
     Room,
     World,
-    free_port,
     held_port,
-    is_free,
     open_services,
     open_whole,
     open_world,

@@ -20,13 +20,13 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from kamal_proxy import PauseOptions, StopOptions
+from tests.ports import is_free
 from tests.reference.expiry import Seen, ends_at
 from tests.udp.serving import (
     Client,
     Deploying,
     Target,
     World,
-    is_free,
     open_services,
     open_world,
     until,
