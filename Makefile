@@ -20,8 +20,10 @@ TEST_PROCESSES ?= 2
 BENCH_FLAGS ?=
 SOAK_SWITCHES ?= 150
 DOCS_ADDRESS ?= 127.0.0.1:8000
-# Files stay whole: what a file's tests share is made once.
-PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+# Files stay whole: what a file's tests share is made once. They keep their order, in which the slow
+# ones come early: by the number of their tests, a few slow ones would be left for one process.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+  --no-loadscope-reorder
 export FUZZ_EXAMPLES ?= 20000
 export LEAK_ROUNDS ?= 1000000
 HEADS ?= 5000000
